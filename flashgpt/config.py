@@ -1,0 +1,438 @@
+"""What can be set, in which unit, and where a setting comes from: the config of model and run.
+
+Owns the keys, their defaults, their checks, the presets and the TOML form. Imports neither torch
+nor any command-line library, so that `flashgpt --help` starts quickly.
+
+`GPTConfig` is a complete model (the keys of the original cfg dict). `ModelConfig`, `DataConfig`,
+`TrainConfig` and `SampleConfig` are the four sections of a run's `config.toml`; a value comes from
+the preset, then the TOML file, then the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from typing_extensions import Doc
+
+Activation = Literal["gelu_new", "gelu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """A complete GPT-2-class model.
+
+    Raises:
+        ValueError: a size is not positive, `emb_dim` is not divisible by `n_heads`, `drop_rate`
+            is outside [0, 1), or `activation` is unknown.
+    """
+
+    vocab_size: Annotated[int, Doc("token ids the model knows (count)")]
+    context_length: Annotated[int, Doc("longest sequence (tokens)")]
+    emb_dim: Annotated[int, Doc("width of the residual stream (features)")]
+    n_heads: Annotated[int, Doc("attention heads per layer (count); divides emb_dim")]
+    n_layers: Annotated[int, Doc("transformer blocks (count)")]
+    drop_rate: Annotated[float, Doc("dropout probability while training, in [0, 1)")]
+    qkv_bias: Annotated[bool, Doc("bias on the query, key and value projection")] = False
+    use_flash: Annotated[bool, Doc("True: fused flash attention; False: standard attention")] = True
+    tie_weights: Annotated[bool, Doc("output head shares the token embedding's weights")] = True
+    activation: Annotated[Activation, Doc("gelu_new = tanh form (GPT-2); gelu = erf form")] = (
+        "gelu_new"
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self, "cfg")
+        for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.emb_dim % self.n_heads:
+            raise ValueError(
+                f"emb_dim must be divisible by n_heads, got emb_dim {self.emb_dim} and "
+                f"n_heads {self.n_heads}"
+            )
+        if not 0 <= self.drop_rate < 1:
+            raise ValueError(f"drop_rate must be in [0, 1), got {self.drop_rate}")
+
+    @property
+    def head_dim(self) -> int:
+        """Features per attention head."""
+        return self.emb_dim // self.n_heads
+
+    @classmethod
+    def from_dict(cls, cfg: Mapping[str, Any], *, ignore_extra: bool = False) -> Self:
+        """Reads the original cfg dict.
+
+        Args:
+            cfg: `vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate`, and any of
+                the keys that have a default.
+            ignore_extra: let keys pass that are not a model's.
+
+        Raises:
+            ValueError: an unknown key (the nearest one is suggested) or a missing one.
+        """
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        if not ignore_extra:
+            check_keys(cfg, fields, "cfg")
+        required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
+        if missing := [name for name in required if name not in cfg]:
+            message = f"cfg lacks {', '.join(repr(m) for m in missing)}"
+            strangers = [key for key in cfg if key not in fields]
+            if near := difflib.get_close_matches(missing[0], strangers, n=1):
+                message += f"; it has {near[0]!r}: did you mean {missing[0]!r}?"
+            raise ValueError(message)
+        return cls(**{name: cfg[name] for name in fields if name in cfg})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain cfg dict; `from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+
+def _shape(
+    context_length: int, emb_dim: int, n_heads: int, n_layers: int, drop_rate: float, bias: bool
+) -> dict[str, Any]:
+    sizes = dict(context_length=context_length, emb_dim=emb_dim, n_heads=n_heads, n_layers=n_layers)
+    return {**sizes, "drop_rate": drop_rate, "qkv_bias": bias}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": _shape(256, 128, 2, 4, 0.0, False),
+    "gpt2": _shape(1024, 768, 12, 12, 0.1, True),
+    "gpt2-medium": _shape(1024, 1024, 16, 24, 0.1, True),
+    "gpt2-large": _shape(1024, 1280, 20, 36, 0.1, True),
+    "gpt2-xl": _shape(1024, 1600, 25, 48, 0.1, True),
+}
+GPT2_VOCAB_SIZE = 50257
+
+
+def preset(name: str, *, vocab_size: int = GPT2_VOCAB_SIZE, **changes: Any) -> GPTConfig:
+    """A named model shape, with single keys changed.
+
+    Raises:
+        ValueError: an unknown preset or key.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return GPTConfig.from_dict({"vocab_size": vocab_size, **PRESETS[name], **changes})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The `[model]` section: a preset, and the keys that differ from it."""
+
+    preset: Annotated[str, Doc(f"shape to start from: {', '.join(PRESETS)}")] = "tiny"
+    vocab_size: Annotated[int | None, Doc("token ids (count); the tokenizer's when left out")] = (
+        None
+    )
+    context_length: Annotated[int | None, Doc("longest sequence (tokens)")] = None
+    emb_dim: Annotated[int | None, Doc("width of the residual stream (features)")] = None
+    n_heads: Annotated[int | None, Doc("attention heads per layer (count)")] = None
+    n_layers: Annotated[int | None, Doc("transformer blocks (count)")] = None
+    drop_rate: Annotated[float | None, Doc("dropout probability while training, in [0, 1)")] = None
+    qkv_bias: Annotated[bool | None, Doc("bias on the query, key and value projection")] = None
+    use_flash: Annotated[
+        bool | None, Doc("True: fused flash attention; False: standard attention")
+    ] = None
+    tie_weights: Annotated[bool | None, Doc("output head shares the embedding's weights")] = None
+    activation: Annotated[
+        Activation | None, Doc("gelu_new = tanh form (GPT-2); gelu = erf form")
+    ] = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "model")
+        preset(self.preset)
+
+    def resolve(self, vocab_size: int) -> GPTConfig:
+        """The complete model for a tokenizer of `vocab_size` ids.
+
+        Raises:
+            ValueError: `vocab_size` is set here and is smaller than the tokenizer's.
+        """
+        changes = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        changes.pop("preset")
+        wanted = changes.pop("vocab_size", vocab_size)
+        if wanted < vocab_size:
+            raise ValueError(
+                f"model.vocab_size must be at least the tokenizer's {vocab_size}, got {wanted}; "
+                "leave it out"
+            )
+        return preset(self.preset, vocab_size=wanted, **changes)
+
+    def pinned(self, cfg: GPTConfig) -> ModelConfig:
+        """This section with every key of `cfg` written out, so that a run can be repeated."""
+        return ModelConfig(preset=self.preset, **cfg.to_dict())
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The `[data]` section: which text, and which tokenizer."""
+
+    source: Annotated[
+        tuple[str, ...],
+        Doc("text files, folders, globs, a prepared folder, or stdlib (Python's own source)"),
+    ] = ("stdlib",)
+    tokenizer: Annotated[
+        str,
+        Doc("bpe (trained on the source), bytes, gpt2, or the path of a tokenizer"),
+    ] = "bpe"
+    vocab_size: Annotated[int, Doc("size of a tokenizer that is trained (token ids)")] = 8192
+    cache: Annotated[str, Doc("folder that keeps prepared tokens for the next run")] = "data"
+
+    def __post_init__(self) -> None:
+        check_types(self, "data")
+        if not self.source:
+            raise ValueError("data.source must name at least one file, folder or glob, got none")
+        if self.vocab_size < 257:
+            raise ValueError(
+                f"data.vocab_size must be at least 257 (256 bytes and <|endoftext|>), "
+                f"got {self.vocab_size}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The `[train]` section: how long, how large, how fast."""
+
+    steps: Annotated[int, Doc("length of the learning-rate schedule (optimizer steps)")] = 1000
+    stop_at: Annotated[int | None, Doc("stop earlier, at this step, schedule unchanged")] = None
+    tokens_per_step: Annotated[int, Doc("tokens in one optimizer step, all devices together")] = (
+        4096
+    )
+    micro_batch: Annotated[
+        int | None, Doc("sequences in one forward pass; the whole step's when left out")
+    ] = None
+    lr: Annotated[float, Doc("peak learning rate")] = 1e-3
+    min_lr: Annotated[float, Doc("learning rate at the last step, as a fraction of lr")] = 0.1
+    warmup_steps: Annotated[int | None, Doc("linear warmup (steps); 1/20 of steps if left out")] = (
+        None
+    )
+    optimizer: Annotated[Literal["adamw"], Doc("adamw (fused where PyTorch has it)")] = "adamw"
+    weight_decay: Annotated[float, Doc("decay of matrices; biases and norms have none")] = 0.1
+    beta1: Annotated[float, Doc("AdamW's first-moment decay, in [0, 1)")] = 0.9
+    beta2: Annotated[float, Doc("AdamW's second-moment decay, in [0, 1)")] = 0.95
+    grad_clip: Annotated[float, Doc("largest global gradient norm; 0 = no clipping")] = 1.0
+    eval_every: Annotated[int, Doc("steps between evaluations; 0 = only at the end")] = 200
+    eval_tokens: Annotated[int, Doc("validation tokens per evaluation on the way")] = 65536
+    final_eval_tokens: Annotated[
+        int | None, Doc("validation tokens of the evaluation at the end; all when left out")
+    ] = None
+    checkpoint_every: Annotated[int, Doc("steps between checkpoints; 0 = only at the end")] = 200
+    log_every: Annotated[int, Doc("steps between log lines")] = 1
+    seed: Annotated[int, Doc("seed of weights, data order and dropout")] = 1337
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], Doc("auto: bf16 autocast on CUDA, fp32 on the CPU")
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Doc("auto: CUDA if there is any")] = "auto"
+    compile: Annotated[
+        Literal["auto", "on", "off"],
+        Doc("torch.compile; auto: where a probe works and the planned run repays it"),
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        check_types(self, "train")
+        at_least = dict(steps=1, tokens_per_step=1, log_every=1, eval_tokens=1)
+        at_least |= dict(eval_every=0, checkpoint_every=0, seed=0)
+        at_least |= dict(stop_at=1, micro_batch=1, warmup_steps=0, final_eval_tokens=1)
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"train.{name} must be at least {least}, got {value}")
+        for name in ("weight_decay", "grad_clip", "min_lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.lr <= 0:
+            raise ValueError(f"train.lr must be positive, got {self.lr}")
+
+    def rows(self, context_length: int) -> int:
+        """Sequences in one optimizer step.
+
+        Raises:
+            ValueError: `tokens_per_step` is no multiple of `context_length`, or `micro_batch` does
+                not divide the sequences of a step.
+        """
+        rows, rest = divmod(self.tokens_per_step, context_length)
+        if rest or not rows:
+            raise ValueError(
+                f"train.tokens_per_step must be a multiple of model.context_length "
+                f"({context_length}), got {self.tokens_per_step}"
+            )
+        if self.micro_batch and rows % self.micro_batch:
+            raise ValueError(
+                f"train.micro_batch must divide the {rows} sequences of a step, "
+                f"got {self.micro_batch}"
+            )
+        return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """The `[sample]` section: how text is drawn."""
+
+    prompt: Annotated[str, Doc("text to continue")] = "\n"
+    max_new_tokens: Annotated[int, Doc("longest continuation (tokens)")] = 200
+    temperature: Annotated[float, Doc("0 = greedy; 1 = the model's own distribution")] = 0.8
+    top_k: Annotated[int | None, Doc("draw from the k likeliest tokens only")] = 50
+    top_p: Annotated[float | None, Doc("draw from the smallest set of this probability")] = None
+    min_p: Annotated[float | None, Doc("drop tokens below this fraction of the likeliest")] = None
+    seed: Annotated[int, Doc("seed of the drawing")] = 0
+    past_context: Annotated[
+        Literal["stop", "slide"], Doc("past context_length: stop, or drop the older half")
+    ] = "slide"
+
+    def __post_init__(self) -> None:
+        check_types(self, "sample")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"sample.max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"sample.temperature must not be negative, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"sample.top_k must be at least 1, got {self.top_k}")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"sample.{name} must be in (0, 1], got {value}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"sample.seed must be in [0, 2^63), got {self.seed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that makes a run what it is; `config.toml` holds it."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+
+
+def load_toml(path: str | Path) -> RunConfig:
+    """Reads a run's config.
+
+    Raises:
+        ValueError: no TOML, an unknown section or key (the nearest one is suggested), a wrong type.
+        OSError: the file cannot be read.
+    """
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no TOML file: {error}") from error
+    return from_tree(tree, str(path))
+
+
+def from_tree(tree: Mapping[str, Any], origin: str) -> RunConfig:
+    """A RunConfig from nested dicts, as TOML gives them; `origin` names them in errors."""
+    sections = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
+    check_keys(tree, sections, origin)
+    made: dict[str, Any] = {}
+    for name, factory in sections.items():
+        table = tree.get(name, {})
+        if not isinstance(table, Mapping):
+            raise ValueError(f"{origin}: [{name}] must be a section, got {table!r}")
+        known = {f.name for f in dataclasses.fields(typing.cast(Any, factory))}
+        check_keys(table, known, f"{origin}: [{name}]")
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+        made[name] = typing.cast(Any, factory)(**values)
+    return RunConfig(**made)
+
+
+def to_toml(config: RunConfig) -> str:
+    """The commented TOML of a run; a key without a value is written as a comment."""
+    lines = []
+    for section in dataclasses.fields(config):
+        lines.append(f"[{section.name}]")
+        part = getattr(config, section.name)
+        for name, (_, doc) in documented_fields(type(part)).items():
+            value = getattr(part, name)
+            entry = f"# {name} =" if value is None else f"{name} = {_toml_value(value)}"
+            lines.append(f"{entry}  # {doc}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def documented_fields(cls: type) -> dict[str, tuple[Any, str]]:
+    """Name -> (type, help text) of every field of a config class."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        doc = next(m for m in hint.__metadata__ if isinstance(m, Doc))
+        found[name] = (hint.__origin__, doc.documentation)
+    return found
+
+
+def check_keys(got: Iterable[str], known: Iterable[str], origin: str) -> None:
+    """Refuses a key that is not known.
+
+    Raises:
+        ValueError: names the key, where it stands, and the nearest known key.
+    """
+    known = list(known)
+    for key in got:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise ValueError(f"{origin} has an unknown key {key!r}; {hint}")
+
+
+def check_types(config: Any, origin: str) -> None:
+    """Refuses a field whose value is not of its declared type (an int passes for a float).
+
+    Raises:
+        ValueError: names the field, the type it must have and the value.
+    """
+    for name, (kind, _) in documented_fields(type(config)).items():
+        value = getattr(config, name)
+        if not _is_a(value, kind):
+            raise ValueError(f"{origin}.{name} must be {_type_name(kind)}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{origin}.{name} must be finite, got {value!r}")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in args and isinstance(value, str)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, args[0]) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _type_name(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(arg) for arg in args if arg is not types.NoneType)
+    if origin is tuple:
+        return f"a list of {_type_name(args[0])}"
+    names: dict[Any, str] = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+    }
+    return names[kind]
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=True)
+    return repr(value)
