@@ -1,0 +1,165 @@
+"""Which tokens a step sees: a pure function of the seed and the step.
+
+Owns the cutting of token shards into windows, their order, and the evaluation windows. Does not
+own devices or processes: every process can ask for any rows of any step's batch.
+
+A window is context_length + 1 tokens: the first context_length are the input, the last
+context_length the targets. Windows start at multiples of context_length in each shard, so that
+every token but a shard's first is a target of one window at most.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from flashgpt.data.shards import TokenSplit
+
+Int64s = npt.NDArray[np.int64]
+Batch = tuple[Int64s, Int64s]
+
+
+class Batches:
+    """The training batches of a run.
+
+    Args:
+        split: the tokens.
+        context_length: tokens a row predicts.
+        rows: sequences in one step's batch, all devices and micro-batches together.
+        seed: order of the windows, in [0, 2^64).
+
+    Raises:
+        ValueError: `split` has no complete window, or a number is out of range.
+    """
+
+    def __init__(self, split: TokenSplit, context_length: int, rows: int, seed: int) -> None:
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+        self._windows = _Windows(split, context_length, rows)
+        if not self._windows.count:
+            longest = max((len(shard) for shard in split.tokens), default=0)
+            raise ValueError(
+                f"corpus must have at least {context_length + 1} tokens for one window of "
+                f"context_length {context_length}, got {longest}; use more text or a smaller "
+                "model.context_length"
+            )
+        self._rows, self._seed = rows, seed
+        self._order = functools.lru_cache(maxsize=2)(self._shuffle)
+
+    @property
+    def n_windows(self) -> int:
+        """Windows in one epoch."""
+        return self._windows.count
+
+    def batch(self, step: int, first: int = 0, count: int | None = None) -> Batch:
+        """The rows `first` to `first + count` of a step's batch; all rows when left out.
+
+        Each window comes once in an epoch. Where an epoch ends within a batch, the next one
+        begins there.
+
+        Args:
+            step: optimizer step, from 0.
+            first: first row.
+            count: rows (count).
+
+        Returns:
+            ids and targets, int64 [count, context_length]; targets are the ids one token on.
+
+        Raises:
+            ValueError: `step` is negative, or the rows are not in the batch.
+        """
+        count = self._rows - first if count is None else count
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        if first < 0 or count < 1 or first + count > self._rows:
+            raise ValueError(
+                f"rows must be within the batch's {self._rows}, got first {first}, count {count}"
+            )
+        begin = step * self._rows + first
+        places = (divmod(sample, self.n_windows) for sample in range(begin, begin + count))
+        return self._windows.gather([int(self._order(epoch)[at]) for epoch, at in places])
+
+    def epochs(self, step: int) -> float:
+        """How many times the windows have been seen after `step` steps."""
+        return step * self._rows / self.n_windows
+
+    def _shuffle(self, epoch: int) -> Int64s:
+        # NumPy promises the raw stream of a bit generator for all versions, but not what
+        # Generator.permutation makes of it; a run must resume in the same order anywhere.
+        stream = np.random.Philox(key=np.array([self._seed, epoch], np.uint64))
+        return np.argsort(stream.random_raw(self.n_windows), kind="stable")
+
+
+def eval_windows(
+    split: TokenSplit, context_length: int, rows: int, max_tokens: int | None = None
+) -> Iterator[Batch]:
+    """Consecutive windows in order; every token is predicted once at most.
+
+    Args:
+        split: the tokens.
+        context_length: tokens a row predicts.
+        rows: most rows in a batch.
+        max_tokens: predict this many at most, but one window at least, in complete windows
+            spread evenly over the split, the same ones each time; left out, all.
+
+    Returns:
+        ids and targets, int64 [at most rows, context_length]; what remains of a shard comes as a
+        shorter batch of one row.
+
+    Raises:
+        ValueError: no shard has two tokens, or a number is out of range.
+    """
+    windows = _Windows(split, context_length, rows)
+    targets = sum(len(shard) - 1 for shard in split.tokens)
+    if targets < 1:
+        raise ValueError(
+            f"validation must have at least 2 tokens, got {split.n_tokens}; use more text"
+        )
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if max_tokens is None or max_tokens >= targets or not windows.count:
+        return windows.all()
+    wanted = max(1, min(windows.count, max_tokens // context_length))
+    return windows.some([index * windows.count // wanted for index in range(wanted)])
+
+
+class _Windows:
+    """The complete windows of a split, numbered through its shards."""
+
+    def __init__(self, split: TokenSplit, context_length: int, rows: int) -> None:
+        for name, value in (("context_length", context_length), ("rows", rows)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self._tokens = split.tokens
+        self._length, self._rows = context_length, rows
+        counts = [max(len(shard) - 1, 0) // context_length for shard in split.tokens]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        self.count = sum(counts)
+
+    def gather(self, indices: Sequence[int]) -> Batch:
+        """The windows of these numbers, as ids and targets."""
+        block = np.empty((len(indices), self._length + 1), np.int64)
+        for row, index in enumerate(indices):
+            shard = int(np.searchsorted(self._ends, index, side="right"))
+            within = index - (int(self._ends[shard - 1]) if shard else 0)
+            start = within * self._length
+            block[row] = self._tokens[shard][start : start + self._length + 1]
+        return block[:, :-1].copy(), block[:, 1:].copy()
+
+    def some(self, indices: Sequence[int]) -> Iterator[Batch]:
+        """The windows of these numbers, in batches."""
+        for at in range(0, len(indices), self._rows):
+            yield self.gather(indices[at : at + self._rows])
+
+    def all(self) -> Iterator[Batch]:
+        """Every window in batches, and after each shard what remains of it as one row."""
+        begin = 0
+        for shard, end in zip(self._tokens, self._ends.tolist(), strict=True):
+            yield from self.some(range(begin, end))
+            rest = shard[(end - begin) * self._length :].astype(np.int64)
+            if len(rest) > 1:
+                yield rest[None, :-1], rest[None, 1:]
+            begin = end

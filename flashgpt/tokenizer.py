@@ -1,0 +1,286 @@
+"""Text to token ids and back: byte-level BPE, as GPT-2 has it.
+
+Owns training, loading, saving, encoding and decoding of tokenizers. Does not own which text a
+tokenizer is trained on (`flashgpt.data.shards`) or where ids are kept.
+
+Every tokenizer here is byte-level: any text encodes, nothing is unknown, and decoding gives the
+same text back. The special token `<|endoftext|>` closes a document; it never comes out of text,
+even where the text contains these very characters.
+"""
+
+from __future__ import annotations
+
+import builtins
+import codecs
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import tokenizers
+
+EOS = "<|endoftext|>"
+# A text that only a lossless tokenizer gives back: no leading space, runs of white space, composed,
+# decomposed and compatibility characters, NUL, and the special token's own spelling.
+_PROBE = "a  B\r\n\n\t\u00e9 e\u0301 \u212b \ufb01 \u3000\u4e2d\u6587 \U0001f642\x00 " + EOS
+
+
+class Tokenizer:
+    """A byte-level tokenizer with the special token `<|endoftext|>`.
+
+    Args:
+        inner: a tokenizer of the `tokenizers` library; owned by the new object and changed by it
+            (no truncation, no padding, special tokens never read from text).
+
+    Raises:
+        ValueError: `inner` is not byte-level, or lacks `<|endoftext|>`.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        inner.no_truncation()
+        inner.no_padding()
+        inner.encode_special_tokens = True
+        self._inner = inner
+        vocab = inner.get_vocab(with_added_tokens=True)
+        whole = _byte_of_symbol().keys() <= vocab.keys()
+        if not whole or self._bytes_of(self.encode(_PROBE)) != _PROBE.encode("utf-8"):
+            raise ValueError("tokenizer must be byte-level and lose no text, got one that is not")
+        if EOS not in vocab:
+            raise ValueError(f"tokenizer must have the token {EOS}, got a vocabulary without it")
+        self.eos_id: int = vocab[EOS]
+        self.vocab_size: int = max(vocab.values()) + 1
+
+    @classmethod
+    def bytes(cls) -> Tokenizer:
+        """One id a byte (id = value of the byte), and `<|endoftext|>` = 256."""
+        from tokenizers import models
+
+        return cls(_with_eos(models.BPE(vocab=dict(_byte_of_symbol()), merges=[])))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learns a byte-level BPE; equal texts give equal tokenizers.
+
+        Args:
+            texts: the texts to learn from, read once.
+            vocab_size: ids wanted (count), `<|endoftext|>` included as the last one. Text that
+                has fewer pairs to merge gives a smaller tokenizer.
+
+        Raises:
+            ValueError: `vocab_size` is below 257.
+        """
+        from tokenizers import models, pre_tokenizers, trainers
+
+        if vocab_size < 257:
+            raise ValueError(
+                f"vocab_size must be at least 257 (256 bytes, {EOS}), got {vocab_size}"
+            )
+        inner = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        inner.train_from_iterator(texts, trainer)
+        return cls(_with_eos(inner.model))
+
+    @classmethod
+    def load(cls, where: str | Path) -> Tokenizer:
+        """Reads a tokenizer.
+
+        Args:
+            where: a folder with tokenizer.json, or with vocab.json and merges.txt; a
+                tokenizer.json file; the word `bytes`; or the word `gpt2`, which is looked for in
+                the Hugging Face cache first and then downloaded.
+
+        Raises:
+            ValueError: nothing there, no tokenizer, not byte-level, no `<|endoftext|>`, or `gpt2`
+                is neither cached nor reachable.
+        """
+        if where == "bytes":
+            return cls.bytes()
+        path = Path(_gpt2_file()) if where == "gpt2" else Path(where).expanduser()
+        if not path.exists():
+            raise ValueError(
+                "tokenizer must be bytes, gpt2, or a folder or tokenizer.json that exists (bpe is "
+                f"trained by flashgpt prepare), got {str(where)!r}"
+            )
+        try:
+            return cls(_read(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def save(self, folder: str | Path) -> None:
+        """Writes what `load` and `transformers.AutoTokenizer.from_pretrained` read.
+
+        Args:
+            folder: made if it is not there; gets tokenizer.json and tokenizer_config.json.
+
+        Raises:
+            OSError: the files cannot be written.
+        """
+        from tokenizers import pre_tokenizers
+
+        # transformers' GPT-2 class builds GPT-2's splitting rule itself; a tokenizer that splits
+        # text in another way needs the class that takes tokenizer.json as it is.
+        plain = isinstance(self._inner.pre_tokenizer, pre_tokenizers.ByteLevel)
+        config = {
+            "tokenizer_class": "GPT2Tokenizer" if plain else "PreTrainedTokenizerFast",
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "bos_token": EOS,
+            "eos_token": EOS,
+            "unk_token": EOS,
+        }
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = self._inner.to_str(pretty=True)
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8", newline="\n")
+        text = json.dumps(config, indent=2) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; no special token is added or read."""
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, spread over the CPU's cores."""
+        encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; specials are left out, invalid UTF-8 becomes U+FFFD.
+
+        Raises:
+            ValueError: an id is outside [0, vocab_size).
+        """
+        return self._bytes_of(ids).decode("utf-8", errors="replace")
+
+    def _bytes_of(self, ids: Iterable[int]) -> builtins.bytes:
+        table = self.token_bytes
+        parts = []
+        for token in ids:
+            if not 0 <= token < len(table):
+                raise ValueError(f"token id must be in [0, {len(table)}), got {token}")
+            parts.append(table[token])
+        return b"".join(parts)
+
+    @functools.cached_property
+    def token_bytes(self) -> tuple[builtins.bytes, ...]:
+        """The bytes each id stands for; b"" for special tokens and for ids nothing stands at."""
+        vocab = self._inner.get_vocab(with_added_tokens=True)
+        added = self._inner.get_added_tokens_decoder()
+        special = {token for token, entry in added.items() if entry.special}
+        value = _byte_of_symbol()
+        table = [b""] * (max(vocab.values()) + 1)
+        for symbols, token in vocab.items():
+            if token in special:
+                continue
+            if all(symbol in value for symbol in symbols):
+                table[token] = bytes(value[symbol] for symbol in symbols)
+            else:
+                table[token] = symbols.encode("utf-8")
+        return tuple(table)
+
+    @functools.cached_property
+    def byte_lengths(self) -> npt.NDArray[np.int32]:
+        """How many bytes of text each id stands for, int32 [vocab_size]; 0 for specials."""
+        return np.array([len(entry) for entry in self.token_bytes], dtype=np.int32)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """blake2b (hex) over the tokenizer.json: equal digests, equal ids."""
+        canonical = json.dumps(json.loads(self._inner.to_str()), sort_keys=True)
+        return hashlib.blake2b(canonical.encode("utf-8"), digest_size=32).hexdigest()
+
+
+class StreamDecoder:
+    """Turns ids into text as they come, never half a character.
+
+    The pieces together are `tokenizer.decode` of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._table = tokenizer.token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The text that is complete after one more id; often "".
+
+        Raises:
+            ValueError: the id is outside [0, vocab_size).
+        """
+        if not 0 <= token < len(self._table):
+            raise ValueError(f"token id must be in [0, {len(self._table)}), got {token}")
+        return self._decoder.decode(self._table[token])
+
+    def flush(self) -> str:
+        """The end of the text: U+FFFD if a character was left unfinished."""
+        return self._decoder.decode(b"", final=True)
+
+
+@functools.cache
+def _byte_of_symbol() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte: itself, or a character from U+0100 up."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (value for value in range(256) if value not in printable)
+    return {chr(value): value for value in sorted(printable)} | {
+        chr(0x100 + place): value for place, value in enumerate(others)
+    }
+
+
+def _byte_level(model: tokenizers.models.Model) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    return inner
+
+
+def _with_eos(model: tokenizers.models.Model) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    inner = _byte_level(model)
+    inner.add_special_tokens([tokenizers.AddedToken(EOS, special=True, normalized=False)])
+    return inner
+
+
+def _read(path: Path) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    if not path.exists():
+        raise ValueError("tokenizer must be bytes, gpt2, bpe, a folder or a tokenizer.json")
+    file = path / "tokenizer.json" if path.is_dir() else path
+    vocab, merges = path / "vocab.json", path / "merges.txt"
+    # The library raises plain Exception for every kind of broken file.
+    try:
+        if file.exists():
+            return tokenizers.Tokenizer.from_file(str(file))
+        if vocab.exists() and merges.exists():
+            return _with_eos(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:
+        raise ValueError(f"tokenizer files must be readable, got: {error}") from error
+    raise ValueError("tokenizer folder must have tokenizer.json, or vocab.json and merges.txt")
+
+
+def _gpt2_file() -> str:
+    import huggingface_hub
+
+    for cached_only in (True, False):
+        try:
+            return huggingface_hub.hf_hub_download(
+                "gpt2", "tokenizer.json", local_files_only=cached_only
+            )
+        except OSError as error:
+            cause = error
+    raise ValueError(
+        "tokenizer gpt2 is neither in the Hugging Face cache nor can it be downloaded; give the "
+        "path of a GPT-2 tokenizer.json, or use bytes or bpe"
+    ) from cause
