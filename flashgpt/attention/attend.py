@@ -1,0 +1,155 @@
+"""The one door to attention: `attend`, the same contract whichever kernel serves it.
+
+Checks the call once, names the kernel (`kernels.resolve`), runs it. Always causal, aligned
+bottom-right: query t of T sees the keys s <= S - T + t. So whole sequences, chunks of a prefill and
+single-token decoding are one rule.
+
+Legend: B batch, T query positions, S key positions, N heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from flashgpt.attention import kernels, standard
+from flashgpt.attention.dropout import Dropout
+from flashgpt.attention.request import bucket, shape_of
+
+
+class Attended(NamedTuple):
+    """What `attend` returns when more than the output is asked for."""
+
+    out_BNTH: Tensor
+    weights_BNTS: Tensor | None
+    lse_BNT: Tensor | None
+
+
+@overload
+def attend(
+    q_BNTH: Tensor,
+    k_BNSH: Tensor,
+    v_BNSH: Tensor,
+    *,
+    use_flash: bool = ...,
+    dropout: Dropout | None = ...,
+    documents_BT: Tensor | None = ...,
+    kernel: str | None = ...,
+    deterministic: bool = ...,
+    return_weights: Literal[False] = ...,
+    return_lse: Literal[False] = ...,
+    mask_TS: Tensor | None = ...,
+) -> Tensor: ...
+@overload
+def attend(
+    q_BNTH: Tensor,
+    k_BNSH: Tensor,
+    v_BNSH: Tensor,
+    *,
+    use_flash: bool = ...,
+    dropout: Dropout | None = ...,
+    documents_BT: Tensor | None = ...,
+    kernel: str | None = ...,
+    deterministic: bool = ...,
+    return_weights: bool = ...,
+    return_lse: bool = ...,
+    mask_TS: Tensor | None = ...,
+) -> Tensor | Attended: ...
+def attend(
+    q_BNTH: Tensor,
+    k_BNSH: Tensor,
+    v_BNSH: Tensor,
+    *,
+    use_flash: bool = True,
+    dropout: Dropout | None = None,
+    documents_BT: Tensor | None = None,
+    kernel: str | None = None,
+    deterministic: bool = False,
+    return_weights: bool = False,
+    return_lse: bool = False,
+    mask_TS: Tensor | None = None,
+) -> Tensor | Attended:
+    """Causal attention: softmax(q k^T / sqrt(H)) v, by the fastest kernel or by standard attention.
+
+    Args:
+        q_BNTH, k_BNSH, v_BNSH: queries, keys, values, T <= S; any strides, same dtype and device.
+        use_flash: False means standard attention.
+        dropout: drops attention weights by the shared mask; the caller passes it in training only.
+        documents_BT: integer document of each key, [B, S]; a query sees its own document only.
+        kernel: pins a kernel by name.
+        deterministic: only kernels whose backward repeats bit for bit.
+        return_weights: also the weights after dropout [B, N, T, S] (standard attention serves it).
+        return_lse: also the log-sum-exp of the visible scores [B, N, T], fp32 at least, detached.
+        mask_TS: ready causal mask (bool, True = visible) that standard attention uses.
+
+    Returns:
+        out_BNTH in q's dtype; `Attended` when weights or lse are asked for.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, T > S, `use_flash=False` with another
+            kernel named, or a pinned kernel that cannot serve the call.
+    """
+    _check(q_BNTH, k_BNSH, v_BNSH, documents_BT)
+    if return_weights or not use_flash:
+        if kernel not in (None, standard.NAME):
+            asker = "return_weights=True" if use_flash else "use_flash=False"
+            raise ValueError(f"kernel must be 'standard' with {asker}, got {kernel!r}")
+        kernel = standard.NAME
+    if dropout is not None and not dropout.threshold:
+        dropout = None
+    queries, keys = q_BNTH.shape[2], k_BNSH.shape[2]
+    tensors = (q_BNTH, k_BNSH, v_BNSH)
+    name = kernels.resolve(
+        q_BNTH.device.type,
+        q_BNTH.dtype,
+        q_BNTH.shape[3],
+        bucket(queries),
+        shape_of(queries, keys),
+        dropout is not None,
+        documents_BT is not None,
+        torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
+        deterministic,
+        kernel,
+    )
+    weights = None
+    if name == standard.NAME:
+        out, lse, weights = standard.attention(
+            *tensors, dropout=dropout, documents_BS=documents_BT, mask_TS=mask_TS
+        )
+    else:
+        out, lse = kernels.KERNELS[name].attention(
+            *tensors, dropout=dropout, documents_BS=documents_BT
+        )
+    if not (return_weights or return_lse):
+        return out
+    return Attended(out, weights if return_weights else None, lse if return_lse else None)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> None:
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"q, k, v must be [B, N, T, H], got {list(q.shape)} and {list(k.shape)}")
+    if k.shape != v.shape:
+        raise ValueError(f"v must have k's shape {list(k.shape)}, got {list(v.shape)}")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"k must have q's B, N and H {list(q.shape)}, got {list(k.shape)}")
+    if not 1 <= q.shape[2] <= k.shape[2]:
+        raise ValueError(
+            f"T must be in 1 .. S, so that no query is left without a key, "
+            f"got T {q.shape[2]} and S {k.shape[2]}"
+        )
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(
+            f"q, k, v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v must share a device, got {q.device}, {k.device}, {v.device}")
+    if documents is not None:
+        if documents.shape != (k.shape[0], k.shape[2]):
+            raise ValueError(
+                f"documents must be [B, S] = {[k.shape[0], k.shape[2]]}, "
+                f"got {list(documents.shape)}"
+            )
+        if documents.is_floating_point() or documents.dtype == torch.bool:
+            raise ValueError(f"documents must be integers, got {documents.dtype}")

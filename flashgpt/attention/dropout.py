@@ -1,0 +1,187 @@
+"""Dropout whose mask is a pure function, so that every kernel on every device draws the same one.
+
+Owns the masks: which attention weight and which activation is dropped. Owns no random state: a mask
+depends on (seed, layer, global batch row, head, position) and on nothing else, so block size,
+sequence length, device, process count, eager or compiled do not matter.
+
+An attention weight (i, j) is kept if
+
+    (a_i * c_j + b_i) mod 2^32  >=  floor(p * 2^32)
+
+with row keys (a_i | 1, b_i) and a column key c_j from Philox4x32-7 (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011). In a row this is the multiply-add-shift family of
+Dietzfelbinger (STACS 1996), pairwise independent in its high bits; rare column triples with
+c_i + c_k = 2 c_j are dependent, which is harmless here. The cost is one integer multiply-add per
+weight; Philox runs per row and per column only.
+
+Legend: B batch, T query positions, S key positions, N heads, D features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+MASK32 = 0xFFFFFFFF
+HALF = 2**31
+ATTENTION_ROWS, ATTENTION_COLUMNS = 0, 1
+EMBEDDING, ATTENTION_OUTPUT, MLP_OUTPUT = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """What a dropout mask is a function of.
+
+    Attributes:
+        p: probability that a value is dropped, in [0, 1). What is really used is the exact
+            fraction floor(p * 2^32) / 2^32.
+        seed: 64 bits, 0-d int64 tensor on the device of the data.
+        first_row: row of the first sequence in the GLOBAL batch of this step (rank and micro-step
+            included), 0-d int64 tensor on the device of the data.
+        layer: index of the transformer block.
+    """
+
+    p: float
+    seed: Tensor
+    first_row: Tensor
+    layer: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p < 1:
+            raise ValueError(f"dropout p must be in [0, 1), got {self.p}")
+
+    @property
+    def threshold(self) -> int:
+        """Draws below this, of 2^32, are dropped."""
+        return int(self.p * 2**32)
+
+    @property
+    def scale(self) -> float:
+        """1 / (exact probability that a value is kept)."""
+        return 2**32 / (2**32 - self.threshold)
+
+    def at(self, layer: int) -> Dropout:
+        """The same draw for another layer."""
+        return Dropout(self.p, self.seed, self.first_row, layer)
+
+
+@torch.library.custom_op("flashgpt::draw_seed", mutates_args=())
+def _draw_seed(like: Tensor) -> Tensor:
+    seed = torch.randint(-(2**63), 2**63 - 1, (), generator=torch.default_generator)
+    return seed.to(like.device)
+
+
+@_draw_seed.register_fake
+def _(like: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=like.device)
+
+
+def fresh(p: float, like: Tensor) -> Dropout:
+    """A Dropout whose seed comes from torch's default CPU generator, for a call nobody seeded.
+
+    Equal `torch.manual_seed` gives equal masks, eager and compiled: the drawing is one opaque
+    operation, which a compiler neither replaces by its own generator nor repeats in backward.
+    """
+    seed = _draw_seed(like)
+    return Dropout(p, seed, torch.zeros((), dtype=torch.int64, device=like.device))
+
+
+def philox(
+    c0: Tensor | int, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int, seed: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-7: four words in [0, 2^32), as int64, for counter (c0, c1, c2, c3) and key `seed`.
+
+    Counter words broadcast against each other. Runs in int64, where the wrap-around of a product
+    keeps the 64 bits that are needed; torch's own uint32 has no arithmetic.
+    """
+    words: list[Tensor] = [
+        torch.as_tensor(c, device=seed.device) & MASK32 for c in (c0, c1, c2, c3)
+    ]
+    x0, x1, x2, x3 = words
+    k0, k1 = seed & MASK32, (seed >> 32) & MASK32
+    for _ in range(7):
+        p0, p1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57
+        x0, x1, x2, x3 = (
+            ((p1 >> 32) & MASK32) ^ x1 ^ k0,
+            p1 & MASK32,
+            ((p0 >> 32) & MASK32) ^ x3 ^ k1,
+            p0 & MASK32,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    return x0, x1, x2, x3
+
+
+def _signed(word: Tensor) -> Tensor:
+    """The int32 with the bits of a word in [0, 2^32)."""
+    return (((word + HALF) & MASK32) - HALF).to(torch.int32)
+
+
+def attention_row_keys(
+    dropout: Dropout, batch: int, heads: int, start: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Row keys a_BNT and b_BNT (int32; b lowered by 2^31) of query positions start .. start+count.
+
+    Positions are absolute: with S keys and T queries the first query is at S - T.
+    """
+    device = dropout.seed.device
+    row_B11 = (torch.arange(batch, device=device) + dropout.first_row)[:, None, None]
+    head_N1 = torch.arange(heads, device=device)[:, None]
+    position_T = torch.arange(start, start + count, device=device)
+    word0, word1, _, _ = philox(
+        position_T, row_B11 * heads + head_N1, dropout.layer, ATTENTION_ROWS, dropout.seed
+    )
+    return _signed(word0 | 1), (word1 - HALF).to(torch.int32)
+
+
+def attention_column_keys(dropout: Dropout, count: int) -> Tensor:
+    """Column keys c_S (int32) of key positions 0 .. count."""
+    position_S = torch.arange(count, device=dropout.seed.device)
+    word0, _, _, _ = philox(position_S, 0, dropout.layer, ATTENTION_COLUMNS, dropout.seed)
+    return _signed(word0)
+
+
+def dropped(a: Tensor, b: Tensor, c: Tensor, threshold: int) -> Tensor:
+    """Where a * c + b says that a value is dropped (bool); a, b, c broadcast.
+
+    int32 arithmetic wraps modulo 2^32, and with b lowered by 2^31 the signed comparison orders as
+    the unsigned one of the definition does.
+    """
+    return torch.addcmul(b, a, c) < threshold - HALF
+
+
+def attention_keep(dropout: Dropout, batch: int, heads: int, queries: int, keys: int) -> Tensor:
+    """The whole attention mask keep_BNTS (bool, True = kept), bottom-right aligned."""
+    a_BNT, b_BNT = attention_row_keys(dropout, batch, heads, keys - queries, queries)
+    c_S = attention_column_keys(dropout, keys)
+    return ~dropped(a_BNT[..., None], b_BNT[..., None], c_S, dropout.threshold)
+
+
+def element_keep(
+    dropout: Dropout, site: int, batch: int, start: int, count: int, dim: int
+) -> Tensor:
+    """The mask keep_BTD (bool) of an elementwise site; `start` is the first absolute position."""
+    device = dropout.seed.device
+    row_B1 = (torch.arange(batch, device=device) + dropout.first_row)[:, None]
+    position_T = torch.arange(start, start + count, device=device)
+    word0, word1, _, _ = philox(position_T, row_B1, dropout.layer, 2 + 2 * site, dropout.seed)
+    feature_D = torch.arange(dim, device=device)
+    column, _, _, _ = philox(feature_D, 0, dropout.layer, 3 + 2 * site, dropout.seed)
+    a_BT1 = _signed(word0 | 1)[..., None]
+    b_BT1 = (word1 - HALF).to(torch.int32)[..., None]
+    return ~dropped(a_BT1, b_BT1, _signed(column), dropout.threshold)
+
+
+def drop_elements(x_BTD: Tensor, dropout: Dropout | None, site: int, start: int = 0) -> Tensor:
+    """Drops single activations of x_BTD; without a Dropout x_BTD itself.
+
+    Args:
+        site: EMBEDDING, ATTENTION_OUTPUT or MLP_OUTPUT.
+        start: absolute position of the first token.
+    """
+    if dropout is None or not dropout.threshold:
+        return x_BTD
+    batch, count, dim = x_BTD.shape
+    keep_BTD = element_keep(dropout, site, batch, start, count, dim)
+    return torch.where(keep_BTD, x_BTD * dropout.scale, 0)

@@ -1,0 +1,140 @@
+"""Which kernel serves an attention call, and why: the table, the choice, the receipt.
+
+`choose` is a pure function of a `Request`. It walks the kernels from the fastest to the slowest as
+measured for that device and takes the first that does not refuse. Nothing falls back in silence:
+the receipt holds one line per kind of call, with the reason why each faster kernel was refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flashgpt.attention import blocked, sdpa, standard
+from flashgpt.attention.request import Request, Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A row of the table.
+
+    Attributes:
+        supports: request -> None, or the reason why this kernel cannot serve it.
+        attention: (q, k, v, *, dropout, documents_BS) -> (out_BNTH, lse_BNT, ...).
+    """
+
+    name: str
+    supports: Callable[[Request], str | None]
+    attention: Callable[..., tuple[Any, ...]]
+
+
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("standard", standard.supports, standard.attention),
+        Kernel("blocked", blocked.supports, blocked.attention),
+        Kernel("sdpa:cpu", sdpa.supports_cpu, sdpa.attention_cpu),
+        Kernel("sdpa:cudnn", sdpa.supports_cudnn, sdpa.attention_cudnn),
+        Kernel("sdpa:flash", sdpa.supports_flash, sdpa.attention_flash),
+        Kernel("sdpa:efficient", sdpa.supports_efficient, sdpa.attention_efficient),
+    )
+}
+
+# Fastest first. CUDA: forward + backward of H 64 in bf16 on an H100 (torch 2.11, cuDNN 9.19).
+FASTEST: dict[str, tuple[str, ...]] = {
+    "cpu": ("sdpa:cpu", "blocked"),
+    "cuda": ("sdpa:cudnn", "sdpa:flash", "sdpa:efficient", "blocked"),
+}
+
+# Cases that a kernel takes but gets wrong; checked after its own `supports`.
+KNOWN_BAD: dict[str, tuple[Callable[[Request], bool], str]] = {
+    "sdpa:cudnn": (
+        lambda request: request.gradient,
+        "NaN in its backward pass (github.com/pytorch/pytorch/issues/196678)",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The kernel that serves a request, and what the faster ones answered."""
+
+    kernel: str
+    refused: tuple[tuple[str, str], ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(request: Request) -> Choice:
+    """The fastest kernel that serves `request`, with the refusals on the way."""
+    refused: list[tuple[str, str]] = []
+    for name in FASTEST.get(request.device, ("blocked",)):
+        reason = refusal(name, request)
+        if reason is None:
+            return Choice(name, tuple(refused))
+        refused.append((name, reason))
+    raise AssertionError(f"blocked serves everything, yet {request} found no kernel")
+
+
+def refusal(name: str, request: Request) -> str | None:
+    """Why `choose` passes a kernel over, or None."""
+    reason = KERNELS[name].supports(request)
+    bad, why = KNOWN_BAD.get(name, (None, ""))
+    if reason is None and bad is not None and bad(request):
+        reason = why
+    return reason
+
+
+_served: dict[tuple[Request, str], Choice] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def resolve(
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    t_bucket: int,
+    shape: Shape,
+    dropout: bool,
+    documents: bool,
+    gradient: bool,
+    deterministic: bool,
+    kernel: str | None,
+) -> str:
+    """Name of the kernel that serves a call, noted in the receipt.
+
+    While a model is being compiled this runs once, at trace time, and its answer is baked in.
+
+    Raises:
+        ValueError: `kernel` names no kernel, or one that cannot serve the call (with the reason).
+    """
+    request = Request(
+        device, dtype, head_dim, t_bucket, shape, dropout, documents, gradient, deterministic
+    )
+    if kernel is None:
+        choice = choose(request)
+    else:
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+        if reason := KERNELS[kernel].supports(request):
+            raise ValueError(f"kernel {kernel!r} cannot serve this call ({request}): {reason}")
+        choice = Choice(kernel, (("others", f"{kernel} was asked for"),))
+    _served[request, choice.kernel] = choice
+    return choice.kernel
+
+
+def receipt() -> list[str]:
+    """One line per kind of call that was served: the kernel, and why faster ones were refused."""
+    lines = []
+    for (request, name), choice in _served.items():
+        reasons = "; ".join(f"not {kernel}: {why}" for kernel, why in choice.refused)
+        lines.append(f"{name} served {request}" + (f" ({reasons})" if reasons else ""))
+    return lines
+
+
+def clear_receipt() -> None:
+    """Forgets what was served so far."""
+    _served.clear()

@@ -1,0 +1,136 @@
+"""PyTorch's fused kernels, each pinned: a name here means one kernel, never a fallback.
+
+Calls the aten operator behind `torch.nn.functional.scaled_dot_product_attention` itself, so nothing
+is chosen behind our back, the log-sum-exp comes out, and a compiler bakes in what was named.
+PyTorch's `is_causal` is aligned top-left; that is right for T == S only, and a single query needs
+no mask, so these kernels serve just those two shapes.
+
+Legend: B batch, T query positions, S key positions, N heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashgpt.attention.dropout import Dropout
+from flashgpt.attention.request import Request
+
+aten = torch.ops.aten
+HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+def _common(request: Request) -> str | None:
+    if request.dropout:
+        return "PyTorch's kernels cannot draw the shared dropout mask"
+    if request.documents:
+        return "PyTorch's kernels have no document mask"
+    if request.shape == "chunk":
+        return "PyTorch's causal mask is aligned top-left, wrong for 1 < T < S"
+    return None
+
+
+def supports_cpu(request: Request) -> str | None:
+    """Reason why PyTorch's CPU flash kernel cannot serve, or None."""
+    if request.device != "cpu":
+        return f"runs on the CPU, data is on {request.device}"
+    return _common(request)
+
+
+def _cuda(request: Request, dtypes: tuple[torch.dtype, ...], max_head_dim: int) -> str | None:
+    if request.device != "cuda":
+        return f"runs on CUDA, data is on {request.device}"
+    if request.dtype not in dtypes:
+        return f"has no {str(request.dtype).removeprefix('torch.')}"
+    if request.head_dim % 8 or request.head_dim > max_head_dim:
+        return f"needs H divisible by 8 and <= {max_head_dim}, got {request.head_dim}"
+    return _common(request)
+
+
+def supports_flash(request: Request) -> str | None:
+    """Reason why FlashAttention-2 cannot serve, or None."""
+    if request.deterministic and request.gradient:
+        return "its backward adds up dQ in no fixed order"
+    return _cuda(request, HALF_TYPES, 256)
+
+
+def supports_efficient(request: Request) -> str | None:
+    """Reason why the memory-efficient kernel cannot serve, or None."""
+    if request.deterministic and request.gradient:
+        return "its backward adds up dQ in no fixed order"
+    return _cuda(request, (*HALF_TYPES, torch.float32), 256)
+
+
+def supports_cudnn(request: Request) -> str | None:
+    """Reason why cuDNN cannot serve, or None."""
+    if request.deterministic and request.gradient:
+        return "its backward is not proven deterministic"
+    return _cuda(request, HALF_TYPES, 128)
+
+
+def _no_dropout(dropout: Dropout | None, documents_BS: Tensor | None) -> None:
+    assert dropout is None and documents_BS is None, "refused by supports()"
+
+
+def attention_cpu(
+    q_BNTH: Tensor,
+    k_BNSH: Tensor,
+    v_BNSH: Tensor,
+    *,
+    dropout: Dropout | None,
+    documents_BS: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's CPU flash kernel: out_BNTH, lse_BNT."""
+    _no_dropout(dropout, documents_BS)
+    causal = q_BNTH.shape[-2] > 1
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q_BNTH, k_BNSH, v_BNSH, 0.0, causal)
+    return out, lse
+
+
+def attention_flash(
+    q_BNTH: Tensor,
+    k_BNSH: Tensor,
+    v_BNSH: Tensor,
+    *,
+    dropout: Dropout | None,
+    documents_BS: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """FlashAttention-2 as built into PyTorch: out_BNTH, lse_BNT."""
+    _no_dropout(dropout, documents_BS)
+    causal = q_BNTH.shape[-2] > 1
+    found = aten._scaled_dot_product_flash_attention(q_BNTH, k_BNSH, v_BNSH, 0.0, causal)
+    return found[0], found[1]
+
+
+def attention_efficient(
+    q_BNTH: Tensor,
+    k_BNSH: Tensor,
+    v_BNSH: Tensor,
+    *,
+    dropout: Dropout | None,
+    documents_BS: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The memory-efficient (CUTLASS) kernel: out_BNTH, lse_BNT."""
+    _no_dropout(dropout, documents_BS)
+    queries = q_BNTH.shape[-2]
+    found = aten._scaled_dot_product_efficient_attention(
+        q_BNTH, k_BNSH, v_BNSH, None, True, 0.0, queries > 1
+    )
+    return found[0], found[1][..., :queries]
+
+
+def attention_cudnn(
+    q_BNTH: Tensor,
+    k_BNSH: Tensor,
+    v_BNSH: Tensor,
+    *,
+    dropout: Dropout | None,
+    documents_BS: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """cuDNN's kernel, never with a mask tensor (NaN in its backward): out_BNTH, lse_BNT."""
+    _no_dropout(dropout, documents_BS)
+    queries = q_BNTH.shape[-2]
+    found = aten._scaled_dot_product_cudnn_attention(
+        q_BNTH, k_BNSH, v_BNSH, None, True, 0.0, queries > 1
+    )
+    return found[0], found[1].reshape(*q_BNTH.shape[:2], -1)[..., :queries]
