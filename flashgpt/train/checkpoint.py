@@ -1,0 +1,261 @@
+"""Checkpoints: a complete Hugging Face GPT-2 folder each, plus `trainer/` to go on from.
+
+    checkpoints/step_00000100/
+      config.json  model.safetensors  tokenizer.json ...   what `transformers` loads as it is
+      trainer/optimizer.safetensors                         moments, by parameter name
+      trainer/state.json                                    format, step, receipt, versions
+      trainer/digests.json                                  BLAKE2b of every other file
+
+Written to a folder whose name starts with a dot, flushed to disk, then renamed: a folder without a
+dot is complete. Digests are checked on load. There is no pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from flashgpt.interop import huggingface
+from flashgpt.model.gpt2 import GPTModel
+from flashgpt.tokenizer import Tokenizer
+from flashgpt.train import optimizer as optim
+
+FORMAT = 1
+FOLDER = "checkpoints"
+TEMPORARY = ".saving-"
+
+
+class DamagedError(ValueError):
+    """A checkpoint that is incomplete or changed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, digests checked."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.state["step"])
+
+
+def name_of(step: int) -> str:
+    """Folder name of the checkpoint after `step` optimizer steps."""
+    return f"step_{step:08d}"
+
+
+def save(
+    run: Path,
+    model: GPTModel,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Tokenizer,
+    state: dict[str, Any],
+) -> Path:
+    """Writes the checkpoint of `state["step"]` and returns its folder.
+
+    Raises:
+        OSError: it cannot be written, with a message that says what to do; earlier checkpoints stay
+            as they are.
+    """
+    parent = run / FOLDER
+    final = parent / name_of(state["step"])
+    temporary = parent / (TEMPORARY + final.name)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        trainer = temporary / "trainer"
+        trainer.mkdir(parents=True)
+        huggingface.save(model, temporary, eos_id=tokenizer.eos_id)
+        tokenizer.save(temporary)
+        tensors = optim.state_tensors(optimizer, model)
+        save_file(tensors, trainer / "optimizer.safetensors")
+        write_json(trainer / "state.json", {"format": FORMAT, **state})
+        write_json(trainer / "digests.json", _digests(temporary))
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush(path)
+        _publish(temporary, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _explained(error, final) from error
+    return final
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Renames into place; a damaged checkpoint of the same step makes room."""
+    if final.exists():
+        old = final.with_name(TEMPORARY + "old-" + final.name)
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        temporary.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.rename(final)
+    _flush(final.parent)
+
+
+def _explained(error: Exception, path: Path) -> OSError:
+    number = getattr(error, "errno", None)
+    if number == errno.ENOSPC or "No space left" in str(error):
+        text = f"no space left on the disk for {path}; free some, then go on with --resume"
+        return OSError(errno.ENOSPC, text)
+    return OSError(number or errno.EIO, f"cannot write {path}: {error}")
+
+
+def steps(run: Path) -> list[Path]:
+    """Complete checkpoint folders, newest first."""
+    return sorted((run / FOLDER).glob("step_*"), reverse=True)
+
+
+def remove_temporaries(run: Path) -> None:
+    """Removes what a killed save left behind."""
+    for path in (run / FOLDER).glob(TEMPORARY + "*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check(path: Path) -> Checkpoint:
+    """Reads the state of a checkpoint after checking every digest.
+
+    Raises:
+        DamagedError: names the file that is missing or changed.
+        ValueError: written by a newer version.
+    """
+    state = _read_json(path / "trainer" / "state.json")
+    if state.get("format", 0) > FORMAT:
+        raise ValueError(
+            f"{path} has format {state['format']}, this version reads up to {FORMAT}; "
+            f"update flashgpt"
+        )
+    expected = _read_json(path / "trainer" / "digests.json")
+    for name, digest in expected.items():
+        try:
+            found = _digest(path / name)
+        except OSError as error:
+            raise DamagedError(f"{path / name} cannot be read: {error.strerror}") from error
+        if found != digest:
+            raise DamagedError(f"{path / name} is damaged: its digest does not match")
+    return Checkpoint(path, state)
+
+
+def good(run: Path) -> Iterator[Checkpoint | DamagedError]:
+    """Checkpoints from the newest on, damaged ones as the error that names them."""
+    for path in steps(run):
+        try:
+            yield check(path)
+        except DamagedError as error:
+            yield error
+
+
+def load(path: str | Path, *, best: bool = False) -> tuple[GPTModel, Tokenizer | None]:
+    """Model (on the CPU, in eval mode) and tokenizer of a run, a checkpoint or a GPT-2 folder.
+
+    Args:
+        path: a run's folder (its newest good checkpoint), a checkpoint, or any folder with a
+            Hugging Face GPT-2's config.json and model.safetensors.
+        best: of a run, the checkpoint with the lowest validation loss.
+
+    Raises:
+        ValueError: nothing that can be loaded, or it is damaged; the message names it.
+    """
+    folder = _model_folder(Path(path), best)
+    if (folder / "trainer").exists():
+        check(folder)
+    model = huggingface.load(folder).eval()
+    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
+    return model, Tokenizer.load(folder) if has_tokenizer else None
+
+
+def _model_folder(path: Path, best: bool) -> Path:
+    if (path / "config.json").exists():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder; name a run or a GPT-2 folder")
+    if best:
+        name = read_state(path).get("best")
+        if not name:
+            raise ValueError(f"{path} has no best checkpoint yet; leave --best out")
+        return path / FOLDER / str(name)
+    damaged = []
+    for found in good(path):
+        if isinstance(found, Checkpoint):
+            return found.path
+        damaged.append(str(found))
+    if damaged:
+        raise ValueError(f"{path} has no good checkpoint: {'; '.join(damaged)}")
+    raise ValueError(f"{path} holds neither checkpoints nor config.json; name a run's folder")
+
+
+def read_state(run: Path) -> dict[str, Any]:
+    """The state.json of a run: last and best checkpoint, versions, receipt.
+
+    Raises:
+        ValueError: no run's folder, or a damaged file.
+    """
+    if not (run / "state.json").exists():
+        raise ValueError(f"{run} is no run with a checkpoint: it has no state.json")
+    return _read_json(run / "state.json")
+
+
+def load_into(
+    checkpoint: Checkpoint, model: GPTModel, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Copies weights, and the optimizer's state where one is given.
+
+    Raises:
+        ValueError: another model's checkpoint.
+    """
+    path = checkpoint.path / "model.safetensors"
+    with torch.no_grad():
+        huggingface.load_weights(model, load_file(path), str(path))
+    if optimizer is not None:
+        tensors = load_file(checkpoint.path / "trainer" / "optimizer.safetensors")
+        optim.load_state_tensors(optimizer, model, tensors)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON through a temporary file, so that a reader sees the old or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise DamagedError(f"{path} is damaged: it holds no object")
+    return value
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Forces a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

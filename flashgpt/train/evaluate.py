@@ -1,0 +1,79 @@
+"""Loss, perplexity and bits per byte of a model on a token split."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from flashgpt.data.batches import eval_windows
+from flashgpt.data.shards import TokenSplit
+from flashgpt.model.gpt2 import GPTModel
+from flashgpt.train.runtime import casting
+
+EVAL_ROWS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        loss: nats per predicted token.
+        bits_per_byte: bits for all predicted tokens, over the UTF-8 bytes they stand for; an
+            end-of-text token costs bits and stands for no byte.
+        tokens: predicted tokens.
+        bytes: the bytes they stand for.
+    """
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+
+def evaluate(
+    model: GPTModel,
+    split: TokenSplit,
+    byte_lengths: np.ndarray,
+    *,
+    max_tokens: int | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+    autocast: torch.dtype | None = None,
+) -> Evaluation:
+    """Predicts a split in consecutive windows of the context length, each token at most once.
+
+    Dropout is off; the model returns to the mode it was in.
+
+    Args:
+        byte_lengths: UTF-8 bytes of each token id.
+        max_tokens: about how many tokens, spread evenly; all when left out.
+        progress: hears the tokens done so far.
+        autocast: dtype of the products, fp32 when left out.
+    """
+    device = model.wte.weight.device
+    was_training = model.training
+    model.eval()
+    nats, tokens, n_bytes = 0.0, 0, 0
+    try:
+        with torch.no_grad(), casting(device, autocast):
+            for ids, targets in eval_windows(
+                split, model.cfg.context_length, EVAL_ROWS, max_tokens=max_tokens
+            ):
+                on_device = [torch.from_numpy(x).to(device) for x in (ids, targets)]
+                nats += model(*on_device).item() * targets.size
+                tokens += targets.size
+                n_bytes += int(byte_lengths[targets].sum())
+                progress(tokens)
+    finally:
+        model.train(was_training)
+    bits = nats / math.log(2)
+    return Evaluation(nats / tokens, bits / n_bytes if n_bytes else math.inf, tokens, n_bytes)

@@ -1,0 +1,265 @@
+"""The training loop: batch, forward, backward, clip, step; evaluate, log, save; stop safely.
+
+Owns the order of things in a step. What step t does is a function of the config, the seed and t
+alone - its batch, its dropout masks, its learning rate - so a resumed run repeats the run that was
+not interrupted, bit for bit on the CPU.
+
+Legend: B batch, T positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashgpt.attention import kernels
+from flashgpt.attention.dropout import philox
+from flashgpt.config import RunConfig, TrainConfig
+from flashgpt.data.batches import Batches
+from flashgpt.data.shards import TokenData
+from flashgpt.model.gpt2 import GPTModel
+from flashgpt.tokenizer import Tokenizer
+from flashgpt.train import checkpoint, optimizer, runtime
+from flashgpt.train.evaluate import Evaluation, evaluate
+from flashgpt.train.record import Record
+from flashgpt.train.schedule import learning_rate
+
+DROPOUT_STREAM = 0xD0
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says what happened and what is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Listener:
+    """Who hears about progress. Every call is optional."""
+
+    step: Callable[[dict[str, Any]], None] = lambda _: None
+    evaluation: Callable[[int, Evaluation], None] = lambda *_: None
+    note: Callable[[str], None] = lambda _: None
+    sample: Callable[[str], None] = lambda _: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        step: optimizer steps done in all.
+        evaluation: of the validation split at the end; None when the run was interrupted.
+        checkpoint: the last checkpoint.
+        interrupted: the signal that ended the run, or None.
+    """
+
+    step: int
+    evaluation: Evaluation | None
+    checkpoint: Path
+    interrupted: int | None
+
+
+class Trainer:
+    """Trains a model on prepared tokens.
+
+    Args:
+        model: is trained in place; moved to the device that `config` names.
+        tokenizer: goes into every checkpoint.
+        config: the `[train]` section.
+
+    Raises:
+        ValueError: a device or precision that this machine does not have, or a step that is no
+            whole number of sequences.
+    """
+
+    def __init__(self, model: GPTModel, tokenizer: Tokenizer, config: TrainConfig) -> None:
+        self.device = runtime.device(config.device)
+        self.autocast = runtime.autocast_dtype(config.precision, self.device)
+        self.model = model.to(self.device)
+        self.tokenizer = tokenizer
+        self.config = config
+        self.rows = config.rows(model.cfg.context_length)  # sequences in one optimizer step
+        self.optimizer = optimizer.build(self.model, config)
+
+    def fit(
+        self,
+        data: TokenData,
+        out: Path,
+        run: RunConfig,
+        *,
+        resume: bool = False,
+        listener: Listener | None = None,
+    ) -> Result:
+        """Trains from step 0, or from the newest good checkpoint, to the end of the schedule.
+
+        SIGINT and SIGTERM end it after the step in hand, with a checkpoint.
+
+        Args:
+            data: the prepared tokens.
+            out: the run's folder.
+            run: the whole config, as it goes into the folder.
+            resume: go on from the newest good checkpoint in `out`.
+            listener: hears about steps, evaluations and events.
+
+        Raises:
+            ValueError: `out` holds checkpoints and `resume` is off, or a config that does not fit.
+            TrainingError: loss or gradient is no longer finite.
+            OSError: a checkpoint cannot be written.
+        """
+        listener = listener or Listener()
+        context = self.model.cfg.context_length
+        batches = Batches(data.train, context, self.rows, self.config.seed)
+        first = self._starting_step(out, resume, listener)
+        record = Record(out)
+        record.start(run, first)
+        forward = runtime.compiled(self.model, self.config, listener.note)
+        with runtime.StopSignals() as signals:
+            return self._steps(first, batches, data, record, forward, signals, listener)
+
+    def time_step(self, data: TokenData, seconds: float) -> float:
+        """Median seconds per optimizer step, from about `seconds` of training.
+
+        Changes the weights: use a trainer that is thrown away.
+        """
+        batches = Batches(data.train, self.model.cfg.context_length, self.rows, self.config.seed)
+        times: list[float] = []
+        while not times or sum(times) < seconds:
+            started = time.perf_counter()
+            self._step(len(times), batches, self.model)
+            times.append(time.perf_counter() - started)
+        return statistics.median(times)
+
+    def _starting_step(self, out: Path, resume: bool, listener: Listener) -> int:
+        checkpoint.remove_temporaries(out)
+        if not resume:
+            if checkpoint.steps(out):
+                raise ValueError(
+                    f"{out} holds checkpoints; go on with --resume, or choose another --out"
+                )
+            return 0
+        for found in checkpoint.good(out):
+            if isinstance(found, checkpoint.DamagedError):
+                listener.note(f"passed over: {found}")
+                continue
+            checkpoint.load_into(found, self.model, self.optimizer)
+            listener.note(f"goes on from {found.path}")
+            return found.step
+        listener.note(f"no good checkpoint in {out}: starts at step 0")
+        return 0
+
+    def _steps(
+        self,
+        first: int,
+        batches: Batches,
+        data: TokenData,
+        record: Record,
+        forward: Callable[[Tensor, Tensor], Tensor],
+        signals: runtime.StopSignals,
+        listener: Listener,
+    ) -> Result:
+        config, last = self.config, min(self.config.stop_at or math.inf, self.config.steps)
+        step, saved, evaluation = first, None, None
+        while step < last and signals.received is None:
+            entry = self._step(step, batches, forward)
+            step += 1
+            entry = {"step": step, **entry, "epoch": batches.epochs(step)}
+            evaluation = None
+            if _due(step, config.eval_every) and step < last:
+                evaluation = self._evaluate(data, config.eval_tokens)
+                entry |= _evaluation_entry(evaluation)
+                listener.evaluation(step, evaluation)
+            if step >= last:
+                evaluation = self._evaluate(data, config.final_eval_tokens)
+                entry |= _evaluation_entry(evaluation)
+                listener.evaluation(step, evaluation)
+            if _due(step, config.log_every) or evaluation is not None:
+                record.log(entry)
+                listener.step(entry)
+            if _due(step, config.checkpoint_every) or step >= last:
+                saved = self._save(step, record, evaluation)
+        if saved is None or saved.name != checkpoint.name_of(step):
+            saved = self._save(step, record, None)
+        record.plot()
+        done = signals.received is None
+        return Result(step, evaluation if done else None, saved, signals.received)
+
+    def _step(
+        self, step: int, batches: Batches, forward: Callable[[Tensor, Tensor], Tensor]
+    ) -> dict[str, Any]:
+        """One optimizer step; refuses to apply a gradient that is not finite."""
+        started = time.perf_counter()
+        micro = self.config.micro_batch or self.rows
+        self.model.train()
+        total = torch.zeros((), device=self.device)
+        for row in range(0, self.rows, micro):
+            ids, targets = batches.batch(step, first=row, count=micro)
+            self.model.set_dropout(dropout_seed(self.config.seed, step), row)
+            with runtime.casting(self.device, self.autocast):
+                loss = forward(
+                    torch.from_numpy(ids).to(self.device), torch.from_numpy(targets).to(self.device)
+                )
+            loss = loss * (micro / self.rows)
+            loss.backward()
+            total += loss.detach()
+        limit = self.config.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        if not (math.isfinite(norm) and math.isfinite(total.item())):
+            raise TrainingError(
+                f"step {step}: loss {total.item()} and gradient norm {norm} must be finite; the "
+                "weights were left as they were. Lower train.lr, or go on from the last checkpoint "
+                "with --resume and --model.use-flash False to see whether attention is to blame"
+            )
+        rate = learning_rate(step, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        return {
+            "loss": total.item(),
+            "lr": rate,
+            "grad_norm": norm,
+            "tokens_per_second": round(self.rows * self.model.cfg.context_length / seconds, 1),
+        }
+
+    def _evaluate(self, data: TokenData, max_tokens: int | None) -> Evaluation:
+        return evaluate(
+            self.model,
+            data.val,
+            self.tokenizer.byte_lengths,
+            max_tokens=max_tokens,
+            autocast=self.autocast,
+        )
+
+    def _save(self, step: int, record: Record, evaluation: Evaluation | None) -> Path:
+        receipt = kernels.receipt()
+        state = {"step": step, "seed": self.config.seed, "receipt": receipt}
+        path = checkpoint.save(record.folder, self.model, self.optimizer, self.tokenizer, state)
+        record.saved(path, None if evaluation is None else evaluation.loss, receipt)
+        return path
+
+
+def dropout_seed(seed: int, step: int) -> int:
+    """The 64-bit dropout seed of an optimizer step, signed: Philox of the run's seed."""
+    low, high, _, _ = philox(step, step >> 32, 0, DROPOUT_STREAM, torch.tensor(seed))
+    word = int(high) << 32 | int(low)
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _evaluation_entry(evaluation: Evaluation) -> dict[str, float]:
+    return {
+        "val_loss": evaluation.loss,
+        "perplexity": evaluation.perplexity,
+        "bits_per_byte": evaluation.bits_per_byte,
+    }

@@ -1,0 +1,115 @@
+"""The folder of a run, and what is written there besides checkpoints.
+
+config.toml     the run, complete; `flashgpt train config.toml` repeats it
+metrics.jsonl   one object per logged step, evaluations included
+loss.png        drawn from metrics.jsonl
+samples.txt     text drawn from the model
+state.json      last and best checkpoint, versions, which kernels served
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashgpt import __version__
+from flashgpt.config import RunConfig, load_toml, to_toml
+from flashgpt.measure.plots import draw_loss
+from flashgpt.train import checkpoint
+
+
+class Record:
+    """Writes the files of one run.
+
+    Args:
+        folder: the run's folder; is made when missing.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.metrics: list[dict[str, Any]] = []
+        self.state: dict[str, Any] = {"last": None, "best": None, "best_val_loss": None}
+
+    def start(self, config: RunConfig, step: int) -> None:
+        """Begins at `step`: drops what an interrupted run logged past it.
+
+        Line by line, so that a last line cut short by a kill is dropped as well.
+        """
+        self.write_config(config)
+        kept = []
+        if step and self._metrics_path.exists():
+            for line in self._metrics_path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    break
+                if entry["step"] > step:
+                    break
+                kept.append(entry)
+        self.metrics = kept
+        text = "".join(json.dumps(entry) + "\n" for entry in kept)
+        _replace_text(self._metrics_path, text)
+        if step:
+            path = self.folder / "state.json"
+            if path.exists():
+                self.state |= json.loads(path.read_text(encoding="utf-8"))
+
+    def write_config(self, config: RunConfig) -> None:
+        """Writes config.toml, unless the same one lies there."""
+        path = self.folder / "config.toml"
+        if not path.exists() or load_toml(path) != config:
+            _replace_text(path, to_toml(config))
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Appends one object to metrics.jsonl."""
+        self.metrics.append(entry)
+        with open(self._metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def saved(self, path: Path, val_loss: float | None, receipt: list[str]) -> None:
+        """Notes the checkpoint just written, and whether it is the best one so far."""
+        best = self.state["best_val_loss"]
+        self.state |= {"last": path.name, "receipt": receipt, "versions": versions()}
+        if val_loss is not None and (best is None or val_loss < best):
+            self.state |= {"best": path.name, "best_val_loss": val_loss}
+        checkpoint.write_json(self.folder / "state.json", self.state)
+
+    def plot(self) -> Path:
+        """Draws loss.png."""
+        path = self.folder / "loss.png"
+        draw_loss(self.metrics, path, self.folder.name)
+        return path
+
+    @property
+    def _metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+
+def add_sample(folder: Path, step: int, text: str) -> None:
+    """Appends a text drawn after `step` to the run's samples.txt."""
+    with open(folder / "samples.txt", "a", encoding="utf-8") as file:
+        file.write(f"--- after step {step} ---\n{text}\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the run."""
+    return {
+        "flashgpt": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

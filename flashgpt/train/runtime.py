@@ -1,0 +1,109 @@
+"""What a run computes with: device, precision, compiler, and the signals that end it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import types
+from collections.abc import Callable
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from flashgpt.config import TrainConfig
+from flashgpt.model.gpt2 import GPTModel
+
+# On a CPU the compiler takes about a minute and wins about a third of a step.
+COMPILE_REPAYS_FLOP = 2e15
+
+
+def device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device to train on.
+
+    Raises:
+        ValueError: CUDA is asked for and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ValueError("train.device is 'cuda', but torch finds no CUDA device; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and has_cuda else "cpu")
+
+
+def autocast_dtype(
+    precision: Literal["auto", "fp32", "bf16"], device: torch.device
+) -> torch.dtype | None:
+    """The dtype of the products, None for fp32.
+
+    Raises:
+        ValueError: bf16 on a CPU, where it is no faster and ends the process on some processors.
+    """
+    if precision == "bf16" and device.type == "cpu":
+        raise ValueError("train.precision must be fp32 (or auto) on the CPU, got 'bf16'")
+    if precision == "fp32" or device.type == "cpu":
+        return None
+    return torch.bfloat16
+
+
+def casting(
+    device: torch.device, dtype: torch.dtype | None
+) -> contextlib.AbstractContextManager[object]:
+    """Autocast to `dtype`, or nothing."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def compiled(
+    model: GPTModel, config: TrainConfig, note: Callable[[str], None]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model's forward pass, compiled where that works and repays.
+
+    The decision depends on the config and on whether a compiler is there, never on a measured
+    time, so that a resumed run computes in the same way.
+    """
+    on_cpu = model.wte.weight.device.type == "cpu"
+    flop = 6 * model.n_parameters * config.tokens_per_step * config.steps
+    if config.compile == "off" or (
+        config.compile == "auto" and on_cpu and flop < COMPILE_REPAYS_FLOP
+    ):
+        return model
+    if on_cpu and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        if config.compile == "on":
+            raise ValueError(
+                "train.compile is 'on', but no C++ compiler was found; use auto or off"
+            )
+        note("runs without torch.compile: no C++ compiler was found")
+        return model
+    note("compiles the model; the first step takes about a minute")
+    forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(model)
+    return forward
+
+
+class StopSignals:
+    """While entered, SIGINT and SIGTERM are noted instead of ending the process.
+
+    A second SIGINT raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(
+                ValueError
+            ):  # not in the main thread: signals stay as they are
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, _frame: types.FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
