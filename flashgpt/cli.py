@@ -1,0 +1,99 @@
+"""The command `flashgpt`: finds the verb, runs it, turns errors into one line and an exit status.
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 / 143 ended by Ctrl-C / SIGTERM. Imports nothing
+slow; a verb's module is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "demo": "from text to a trained GPT that writes, in about two minutes",
+    "prepare": "turn text into token files",
+    "train": "train a model, or go on with one",
+    "evaluate": "loss, perplexity and bits per byte of a model on text",
+    "generate": "write text with a model",
+    "verify": "prove on this machine that both settings of use_flash agree",
+    "info": "versions, devices, and which attention kernels can run here",
+}
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+
+
+class UsageError(Exception):
+    """The command line is wrong; the message says how to say it right."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in argv
+    argv = [argument for argument in argv if argument != "--debug"]
+    try:
+        return _run(argv)
+    except UsageError as error:
+        return _report(error, WRONG_USAGE, debug)
+    except KeyboardInterrupt:
+        print("\nflashgpt: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has gone; what is left to print goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (ValueError, OSError, RuntimeError) as error:
+        return _report(error, FAILED, debug)
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview(), flush=True)
+        return 0 if argv else WRONG_USAGE
+    if argv[0] == "--version":
+        from flashgpt import __version__
+
+        print(f"flashgpt {__version__}")
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        raise UsageError(_unknown_verb(verb))
+    module = importlib.import_module(f"flashgpt.verbs.{verb}")
+    return int(module.main(rest))
+
+
+def _report(error: Exception, status: int, debug: bool) -> int:
+    if debug:
+        raise error
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"flashgpt: {text}", file=sys.stderr)
+    return status
+
+
+def _overview() -> str:
+    lines = ["usage: flashgpt VERB [options]", "", "Train, check and run GPT-2-class models.", ""]
+    lines += [f"  {verb:10} {what}" for verb, what in VERBS.items()]
+    lines += [
+        "",
+        "flashgpt VERB --help shows the options of a verb, with examples.",
+        "--debug shows the traceback of an error.",
+        "",
+        "first steps:",
+        "  flashgpt demo                        the whole way, on Python's own source code",
+        "  flashgpt demo my.txt                 the same on your text",
+        '  flashgpt generate runs/demo --prompt "def "',
+    ]
+    return "\n".join(lines)
+
+
+def _unknown_verb(verb: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"verbs are {', '.join(VERBS)}"
+    return f"unknown verb {verb!r}; {hint}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

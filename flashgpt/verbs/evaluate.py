@@ -1,0 +1,82 @@
+"""Loss, perplexity and bits per byte of a model on text that it was not trained on.
+
+Every token is predicted once, in consecutive windows of the context length; the first token of the
+text is not predicted. Bits per byte counts the UTF-8 bytes of the predicted tokens.
+
+examples:
+  flashgpt evaluate runs/demo
+  flashgpt evaluate runs/demo --source my.txt
+  flashgpt evaluate runs/demo --best --json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from typing_extensions import Doc
+
+from flashgpt.verbs.parse import Flag, Positional, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Options of `evaluate`."""
+
+    model: Annotated[str, Positional, Doc("a run, a checkpoint, or a Hugging Face GPT-2 folder")]
+    source: Annotated[
+        tuple[str, ...], Doc("text to evaluate on; the run's own validation text when left out")
+    ] = ()
+    best: Annotated[bool, Flag, Doc("of a run, its best checkpoint instead of the last")] = False
+    json: Annotated[bool, Flag, Doc("print one JSON object")] = False
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `flashgpt evaluate`."""
+    args = parse(Args, "evaluate", argv, __doc__)
+    import tempfile
+
+    from flashgpt.config import DataConfig, load_toml
+    from flashgpt.data.prepare import prepare
+    from flashgpt.data.shards import TokenData
+    from flashgpt.train.checkpoint import load
+    from flashgpt.train.evaluate import evaluate
+    from flashgpt.train.runtime import device
+
+    model, tokenizer = load(args.model, best=args.best)
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer; put a tokenizer.json beside its weights")
+    model.to(device("auto"))
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.source:
+            tokenizer.save(Path(scratch))
+            config = DataConfig(args.source, tokenizer=scratch, cache=scratch)
+        else:
+            path = Path(args.model) / "config.toml"
+            if not path.exists():
+                raise ValueError(f"{args.model} is no run; name text with --source")
+            config = load_toml(path).data
+        data = TokenData.open(prepare(config))
+        if data.tokenizer.digest != tokenizer.digest:
+            raise ValueError(
+                f"{args.model} was trained with another tokenizer than {config.source}"
+            )
+        splits = [data.train, data.val] if args.source else [data.val]
+        found = [evaluate(model, split, tokenizer.byte_lengths) for split in splits]
+    tokens, n_bytes = sum(e.tokens for e in found), sum(e.bytes for e in found)
+    loss = sum(e.loss * e.tokens for e in found) / tokens
+    bits = sum(e.bits_per_byte * e.bytes for e in found) / n_bytes
+    result = {"loss": loss, "bits_per_byte": bits, "tokens": tokens, "bytes": n_bytes}
+    if args.json:
+        print(json.dumps(result))
+    else:
+        import math
+
+        print(
+            f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):,.2f}, "
+            f"{bits:.4f} bits per byte ({tokens:,} tokens, {n_bytes:,} bytes)"
+        )
+    return 0

@@ -1,0 +1,68 @@
+"""Command lines to dataclasses, by tyro; one line for what is wrong.
+
+`Flag` marks a bool that is a bare flag, `Positional` what stands without an option's name,
+`OmitPrefix` a section whose options stand without the section's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from flashgpt.cli import UsageError
+
+T = TypeVar("T")
+Flag: Any = tyro.conf.FlagCreatePairsOff
+Positional: Any = tyro.conf.Positional
+OmitPrefix: Any = tyro.conf.arg(name="")
+
+
+def parse(
+    kind: type[T], verb: str, argv: Sequence[str], module_doc: str | None, default: T | None = None
+) -> T:
+    """Reads `argv` into a `kind`.
+
+    Args:
+        module_doc: what `--help` shows above the options: purpose and examples.
+        default: values of options that are not given.
+
+    Raises:
+        UsageError: an unknown option; the nearest one is suggested.
+        SystemExit: after `--help` (0), or after tyro has shown what is wrong (2).
+    """
+    known = set(_options(kind, ""))
+    for argument in argv:
+        name = argument.split("=")[0].replace("_", "-")
+        if not argument.startswith("--") or argument == "--" or name in known | {"--help"}:
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"see flashgpt {verb} --help"
+        raise UsageError(f"flashgpt {verb} has no option {argument.split('=')[0]}; {hint}")
+    found: T = tyro.cli(  # type: ignore[assignment]  # None stands for no default
+        kind,
+        prog=f"flashgpt {verb}",
+        description=module_doc or "",
+        args=list(argv),
+        default=default,
+    )
+    return found
+
+
+def _options(kind: type, prefix: str) -> list[str]:
+    """Names of all options of a dataclass, nested ones with their path."""
+    names = []
+    plain, marked = (typing.get_type_hints(kind, include_extras=x) for x in (False, True))
+    for field in dataclasses.fields(kind):
+        path = f"{prefix}{field.name.replace('_', '-')}"
+        if not dataclasses.is_dataclass(inner := plain[field.name]):
+            names.append(f"--{path}")
+            continue
+        marks = getattr(marked[field.name], "__metadata__", ())
+        inner_prefix = "" if OmitPrefix in marks else f"{path}."
+        names += _options(typing.cast(type, inner), inner_prefix)
+    return names

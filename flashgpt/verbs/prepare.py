@@ -1,0 +1,54 @@
+"""Turns text into token files, and trains a tokenizer on it where none is named.
+
+`flashgpt train` does this by itself; do it apart to choose the folder, or to look at the result.
+
+examples:
+  flashgpt prepare my.txt --out data/mine
+  flashgpt prepare books/ "notes/**/*.md" --vocab-size 16384 --out data/texts
+  flashgpt prepare my.txt --tokenizer bytes --out data/bytes
+  flashgpt train --data.source data/mine
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from typing_extensions import Doc
+
+from flashgpt.config import DataConfig
+from flashgpt.verbs.parse import Positional, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Options of `prepare`."""
+
+    source: Annotated[
+        tuple[str, ...],
+        Positional,
+        Doc("text files, folders, globs, or stdlib (Python's own source)"),
+    ]
+    out: Annotated[str | None, Doc("folder to make; named by content in ./data when left out")] = (
+        None
+    )
+    tokenizer: Annotated[str, Doc("bpe (trained on the source), bytes, gpt2, or a path")] = "bpe"
+    vocab_size: Annotated[int, Doc("size of a tokenizer that is trained (token ids)")] = 8192
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `flashgpt prepare`."""
+    args = parse(Args, "prepare", argv, __doc__)
+    from flashgpt.data.prepare import prepare
+    from flashgpt.data.shards import TokenData
+    from flashgpt.verbs.console import console, counting
+
+    config = DataConfig(args.source, args.tokenizer, args.vocab_size)
+    out = console()
+    with counting(out) as progress:
+        folder = prepare(config, out=Path(args.out) if args.out else None, progress=progress)
+    out.print(TokenData.open(folder).describe())
+    out.print(f"ready: {folder}; train on it: flashgpt train --data.source {folder}")
+    return 0

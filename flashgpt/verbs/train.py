@@ -1,0 +1,106 @@
+"""Trains a model on text and keeps everything in one run folder.
+
+Values come from the preset, then the TOML file, then the command line.
+
+examples:
+  flashgpt train --data.source my.txt --out runs/mine
+  flashgpt train --data.source books/ --model.preset gpt2 --train.steps 5000 --out runs/books
+  flashgpt train runs/mine/config.toml --out runs/again
+  flashgpt train --resume --out runs/mine
+  flashgpt train --model.use-flash False --print-config
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from typing_extensions import Doc
+
+from flashgpt.cli import UsageError
+from flashgpt.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+    load_toml,
+    to_toml,
+)
+from flashgpt.verbs.parse import Flag, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Options of `train`."""
+
+    out: Annotated[str, Doc("folder of the run")] = "runs/train"
+    resume: Annotated[bool, Flag, Doc("go on from the newest good checkpoint in --out")] = False
+    print_config: Annotated[bool, Flag, Doc("print the config as commented TOML, and stop")] = False
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+
+    @property
+    def run(self) -> RunConfig:
+        """The config of the run."""
+        return RunConfig(self.model, self.data, self.train, self.sample)
+
+
+def read(argv: Sequence[str]) -> Args:
+    """The options, with the TOML file that may stand first.
+
+    `--resume` without a file takes the config of the run that is there.
+    """
+    argv = list(argv)
+    base = RunConfig()
+    if argv and not argv[0].startswith("-"):
+        base = _load(argv.pop(0))
+    elif "--resume" in argv:
+        found = Path(parse(Args, "train", argv, __doc__).out) / "config.toml"
+        if found.exists():
+            base = load_toml(found)
+    default = Args(model=base.model, data=base.data, train=base.train, sample=base.sample)
+    return parse(Args, "train", argv, __doc__, default)
+
+
+def _load(name: str) -> RunConfig:
+    path = Path(name)
+    try:
+        return load_toml(path)
+    except OSError as error:
+        raise UsageError(f"{name} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        hint = "" if path.suffix == ".toml" else f"; text goes behind --data.source {name}"
+        raise UsageError(f"{error}{hint}") from error
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `flashgpt train`."""
+    args = read(argv)
+    if args.print_config:
+        print(to_toml(args.run), end="")
+        return 0
+    from flashgpt import orchestrator
+    from flashgpt.data.prepare import prepare
+    from flashgpt.data.shards import TokenData
+    from flashgpt.verbs.console import console, counting, training
+
+    out, folder, config = console(), Path(args.out), args.run
+    with counting(out) as progress:
+        data = TokenData.open(prepare(config.data, progress=progress))
+    out.print(data.describe())
+    last = min(config.train.stop_at or config.train.steps, config.train.steps)
+    with training(out, 0, last) as listener:
+        _, result = orchestrator.train(config, data, folder, resume=args.resume, listener=listener)
+    out.print(f"checkpoint {result.checkpoint}, plot {folder / 'loss.png'}")
+    if result.interrupted is not None:
+        out.print(
+            f"interrupted at step {result.step}; go on: flashgpt train --resume --out {folder}"
+        )
+        return 128 + result.interrupted
+    out.print(f'write with it: flashgpt generate {folder} --prompt "..."')
+    return 0
