@@ -68,6 +68,14 @@ def supports_cudnn(request: Request) -> str | None:
     return _cuda(request, HALF_TYPES, 128)
 
 
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with the H features of a row side by side, as F.sdpa makes sure of.
+
+    The operators themselves take no notice of the last stride: the CPU one reads other memory.
+    """
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
 def _no_dropout(dropout: Dropout | None, documents_BS: Tensor | None) -> None:
     assert dropout is None and documents_BS is None, "refused by supports()"
 
@@ -83,7 +91,8 @@ def attention_cpu(
     """PyTorch's CPU flash kernel: out_BNTH, lse_BNT."""
     _no_dropout(dropout, documents_BS)
     causal = q_BNTH.shape[-2] > 1
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q_BNTH, k_BNSH, v_BNSH, 0.0, causal)
+    qkv = _rows(q_BNTH, k_BNSH, v_BNSH)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*qkv, 0.0, causal)
     return out, lse
 
 
@@ -98,7 +107,8 @@ def attention_flash(
     """FlashAttention-2 as built into PyTorch: out_BNTH, lse_BNT."""
     _no_dropout(dropout, documents_BS)
     causal = q_BNTH.shape[-2] > 1
-    found = aten._scaled_dot_product_flash_attention(q_BNTH, k_BNSH, v_BNSH, 0.0, causal)
+    qkv = _rows(q_BNTH, k_BNSH, v_BNSH)
+    found = aten._scaled_dot_product_flash_attention(*qkv, 0.0, causal)
     return found[0], found[1]
 
 
@@ -113,9 +123,8 @@ def attention_efficient(
     """The memory-efficient (CUTLASS) kernel: out_BNTH, lse_BNT."""
     _no_dropout(dropout, documents_BS)
     queries = q_BNTH.shape[-2]
-    found = aten._scaled_dot_product_efficient_attention(
-        q_BNTH, k_BNSH, v_BNSH, None, True, 0.0, queries > 1
-    )
+    qkv = _rows(q_BNTH, k_BNSH, v_BNSH)
+    found = aten._scaled_dot_product_efficient_attention(*qkv, None, True, 0.0, queries > 1)
     return found[0], found[1][..., :queries]
 
 
@@ -130,7 +139,6 @@ def attention_cudnn(
     """cuDNN's kernel, never with a mask tensor (NaN in its backward): out_BNTH, lse_BNT."""
     _no_dropout(dropout, documents_BS)
     queries = q_BNTH.shape[-2]
-    found = aten._scaled_dot_product_cudnn_attention(
-        q_BNTH, k_BNSH, v_BNSH, None, True, 0.0, queries > 1
-    )
+    qkv = _rows(q_BNTH, k_BNSH, v_BNSH)
+    found = aten._scaled_dot_product_cudnn_attention(*qkv, None, True, 0.0, queries > 1)
     return found[0], found[1].reshape(*q_BNTH.shape[:2], -1)[..., :queries]

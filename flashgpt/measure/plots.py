@@ -26,22 +26,14 @@ def draw_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None
     top.plot(steps, _smooth(losses), color="#1f5a93", linewidth=1.6, label="training, smoothed")
     judged = [m for m in metrics if "val_loss" in m]
     if judged:
+        last = judged[-1]
         top.plot(
             [m["step"] for m in judged],
             [m["val_loss"] for m in judged],
             "o-",
             color="#c4501b",
             markersize=4,
-            label="validation",
-        )
-        bits = judged[-1]["bits_per_byte"]
-        top.annotate(
-            f"{judged[-1]['val_loss']:.3f}  ({bits:.3f} bits per byte)",
-            (judged[-1]["step"], judged[-1]["val_loss"]),
-            xytext=(-4, 12),
-            textcoords="offset points",
-            ha="right",
-            color="#c4501b",
+            label=f"validation, last {last['val_loss']:.3f} ({last['bits_per_byte']:.3f} bits/byte)",
         )
     top.set_ylabel("loss (nats per token)")
     top.set_title(title)

@@ -15,12 +15,14 @@ from rich.table import Table
 from flashgpt.train.evaluate import Evaluation
 from flashgpt.train.loop import Listener
 
+PIPE_COLUMNS = 120
 PLAIN_SECONDS = 5.0  # a pipe gets a line this often, and the last one
 
 
 def console() -> Console:
     """Standard output, as rich draws on it."""
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    width = None if sys.stdout.isatty() else PIPE_COLUMNS
+    return Console(highlight=False, width=width)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

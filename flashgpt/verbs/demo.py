@@ -91,10 +91,8 @@ def main(argv: Sequence[str]) -> int:
 
 def free_name(wanted: Path) -> Path:
     """`wanted`, or `wanted`-2, -3, ...: the first that does not exist."""
-    names = itertools.chain(
-        [wanted], (wanted.with_name(f"{wanted.name}-{i}") for i in itertools.count(2))
-    )
-    return next(name for name in names if not name.exists())
+    others = (wanted.with_name(f"{wanted.name}-{i}") for i in itertools.count(2))
+    return next(name for name in itertools.chain([wanted], others) if not name.exists())
 
 
 def _prepare(out: Console, config: DataConfig) -> TokenData:
