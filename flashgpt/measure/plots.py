@@ -26,14 +26,14 @@ def draw_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None
     top.plot(steps, _smooth(losses), color="#1f5a93", linewidth=1.6, label="training, smoothed")
     judged = [m for m in metrics if "val_loss" in m]
     if judged:
-        last = judged[-1]
+        last, bits = judged[-1]["val_loss"], judged[-1]["bits_per_byte"]
         top.plot(
             [m["step"] for m in judged],
             [m["val_loss"] for m in judged],
             "o-",
             color="#c4501b",
             markersize=4,
-            label=f"validation, last {last['val_loss']:.3f} ({last['bits_per_byte']:.3f} bits/byte)",
+            label=f"validation, last {last:.3f} ({bits:.3f} bits per byte)",
         )
     top.set_ylabel("loss (nats per token)")
     top.set_title(title)

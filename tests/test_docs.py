@@ -1,0 +1,79 @@
+"""Every command in the docs works, and every link points somewhere. pytest tests/test_docs.py"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from flashgpt.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What the reader sees takes minutes; here the same commands run on less.
+SMALL = "--model.context-length 32 --model.emb-dim 32 --train.tokens-per-step 128"
+SHORTER = {
+    "demo": "--seconds 1 --out runs/demo",
+    "train": f"{SMALL} --train.steps 4",
+}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page's bash blocks, comments removed."""
+    blocks = [body for language, body in FENCE.findall(page.read_text()) if language == "bash"]
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def text_files(folder: Path) -> None:
+    """What the commands of the docs expect to find."""
+    lines = [f"def function_{i}(value):\n    return value + {i}\n" for i in range(400)]
+    (folder / "my.txt").write_text("\n".join(lines))
+    (folder / "notes").mkdir()
+    (folder / "notes" / "one.md").write_text("\n".join(reversed(lines)))
+
+
+def test_every_command_of_the_readme_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text_files(tmp_path)
+    seen = set()
+    for command in commands(ROOT / "README.md"):
+        program, *argv = shlex.split(command)
+        if program == "flashgpt":
+            resumes = "--resume" in argv
+            argv += [] if resumes else shlex.split(SHORTER.get(argv[0], ""))
+            assert main(argv) == 0, f"{command}: {capsys.readouterr().err}"
+            seen.add(argv[0])
+    assert seen == {"demo", "generate", "evaluate", "verify", "info", "prepare", "train"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_of_a_known_kind(page: Path) -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for command in commands(page):
+        program, *argv = shlex.split(command)
+        assert program in ("flashgpt", "make", "pip"), command
+        if program == "make":
+            assert argv[0] in targets, command
+
+
+def test_the_code_of_the_readme_runs() -> None:
+    blocks = [
+        body for kind, body in FENCE.findall((ROOT / "README.md").read_text()) if kind == "python"
+    ]
+    assert blocks
+    for block in blocks:
+        scope: dict[str, object] = {}
+        exec(compile(block, "README.md", "exec"), scope)
+        assert scope["model"].cfg.use_flash is False  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_point_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target

@@ -1,0 +1,30 @@
+"""The notebook runs from top to bottom. pytest tests/test_examples.py"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_notebook_runs_and_both_paths_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    notebook = nbformat.read(ROOT / "examples" / "llm.ipynb", as_version=4)
+    assert len(notebook.cells) == 5
+    assert not any(cell.outputs for cell in notebook.cells), "committed without outputs"
+
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+
+    texts = ["".join(o.get("text", "") for o in cell.outputs) for cell in notebook.cells]
+    assert "[2, 128] -> [2, 128, 2048]" in texts[1]
+    assert "largest gradient difference" in texts[2]
+    assert "bits per byte after 40 steps" in texts[3]
+    assert texts[4].startswith("def ")
