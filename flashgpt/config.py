@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import tomllib
 import types
@@ -252,6 +251,8 @@ class TrainConfig:
                 raise ValueError(f"train.{name} must be in [0, 1), got {getattr(self, name)}")
         if self.lr <= 0:
             raise ValueError(f"train.lr must be positive, got {self.lr}")
+        if self.seed >= 2**63:
+            raise ValueError(f"train.seed must be in [0, 2^63), got {self.seed}")
 
     def rows(self, context_length: int) -> int:
         """Sequences in one optimizer step.
@@ -281,7 +282,8 @@ class SampleConfig:
     prompt: Annotated[str, Doc("text to continue")] = "\n"
     max_new_tokens: Annotated[int, Doc("longest continuation (tokens)")] = 200
     temperature: Annotated[float, Doc("0 = greedy; 1 = the model's own distribution")] = 0.8
-    top_k: Annotated[int | None, Doc("draw from the k likeliest tokens only")] = 50
+    # Not None for off: TOML has no such value, and a run's config.toml says all there is to say.
+    top_k: Annotated[int, Doc("draw from the k likeliest tokens only; 0 = from all")] = 50
     top_p: Annotated[float | None, Doc("draw from the smallest set of this probability")] = None
     min_p: Annotated[float | None, Doc("drop tokens below this fraction of the likeliest")] = None
     seed: Annotated[int, Doc("seed of the drawing")] = 0
@@ -295,8 +297,8 @@ class SampleConfig:
             raise ValueError(f"sample.max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"sample.temperature must not be negative, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"sample.top_k must be at least 1, got {self.top_k}")
+        if self.top_k < 0:
+            raise ValueError(f"sample.top_k must not be negative, got {self.top_k}")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
@@ -313,6 +315,16 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+
+    def check(self) -> None:
+        """Refuses values that contradict each other, so that no work is done for nothing.
+
+        Raises:
+            ValueError: they make no model, or a step that is no whole number of sequences.
+        """
+        wanted = self.model.vocab_size
+        cfg = self.model.resolve(GPT2_VOCAB_SIZE if wanted is None else wanted)
+        self.train.rows(cfg.context_length)
 
 
 def load_toml(path: str | Path) -> RunConfig:
@@ -434,5 +446,13 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=True)
+        return '"' + "".join(map(_toml_character, value)) + '"'
     return repr(value)
+
+
+def _toml_character(character: str) -> str:
+    if character in '"\\':
+        return "\\" + character
+    if " " <= character <= "~":
+        return character
+    return f"\\U{ord(character):08x}"

@@ -14,9 +14,9 @@ import torch
 
 from flashgpt.attention import kernels
 from flashgpt.attention.attend import attend
-from flashgpt.config import GPTConfig, RunConfig, TrainConfig
+from flashgpt.config import GPTConfig, RunConfig, TrainConfig, check_keys, documented_fields
 from flashgpt.data.shards import TokenData
-from flashgpt.generation.decode import TextGenerator
+from flashgpt.generation.decode import TextGenerator, check_prompt
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.tokenizer import Tokenizer
 from flashgpt.train.loop import Listener, Result, Trainer
@@ -65,7 +65,9 @@ def build(cfg: Mapping[str, Any]) -> System:
             f"vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, "
             f"got {model_cfg.vocab_size}"
         )
-    return assemble(model_cfg, tokenizer, TrainConfig(**cfg.get("train", {})))
+    settings = cfg.get("train", {})
+    check_keys(settings, documented_fields(TrainConfig), "train")
+    return assemble(model_cfg, tokenizer, TrainConfig(**settings))
 
 
 def assemble(cfg: GPTConfig, tokenizer: Tokenizer, train: TrainConfig) -> System:
@@ -93,6 +95,7 @@ def train(
     """
     listener = listener or Listener()
     cfg = run.model.resolve(data.tokenizer.vocab_size)
+    check_prompt(data.tokenizer.encode(run.sample.prompt), cfg)  # not after hours of training
     system = assemble(cfg, data.tokenizer, run.train)
     run = dataclasses.replace(run, model=run.model.pinned(cfg))
     result = system.trainer.fit(data, out, run, resume=resume, listener=listener)

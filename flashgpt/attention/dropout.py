@@ -93,8 +93,9 @@ def philox(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-7: four words in [0, 2^32), as int64, for counter (c0, c1, c2, c3) and key `seed`.
 
-    Counter words broadcast against each other. Runs in int64, where the wrap-around of a product
-    keeps the 64 bits that are needed; torch's own uint32 has no arithmetic.
+    Counter words broadcast against each other. Runs in int64; torch's own uint32 has no arithmetic.
+    A product of two words would overflow there, which compiled C++ may turn into anything (g++
+    drops the mask after the shift): so the factors are lowered by 2^32, and x * 2^32 is put back.
     """
     words: list[Tensor] = [
         torch.as_tensor(c, device=seed.device) & MASK32 for c in (c0, c1, c2, c3)
@@ -102,11 +103,11 @@ def philox(
     x0, x1, x2, x3 = words
     k0, k1 = seed & MASK32, (seed >> 32) & MASK32
     for _ in range(7):
-        p0, p1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57
+        p0, p1 = x0 * (0xD2511F53 - 2**32), x2 * (0xCD9E8D57 - 2**32)
         x0, x1, x2, x3 = (
-            ((p1 >> 32) & MASK32) ^ x1 ^ k0,
+            (((p1 >> 32) + x2) & MASK32) ^ x1 ^ k0,
             p1 & MASK32,
-            ((p0 >> 32) & MASK32) ^ x3 ^ k1,
+            (((p0 >> 32) + x0) & MASK32) ^ x3 ^ k1,
             p0 & MASK32,
         )
         k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32

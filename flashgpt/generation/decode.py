@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from flashgpt.config import SampleConfig
+from flashgpt.config import GPTConfig, SampleConfig
 from flashgpt.generation.cache import KVCache
 from flashgpt.generation.sampling import sample
 from flashgpt.model.gpt2 import GPTModel, check_ids
@@ -39,14 +39,8 @@ def decode(
     Raises:
         ValueError: an empty prompt, one longer than the context, or ids outside the vocabulary.
     """
+    check_prompt(prompt, model.cfg)
     context = model.cfg.context_length
-    if not prompt:
-        raise ValueError("prompt must hold at least one token, got none")
-    if len(prompt) > context:
-        raise ValueError(
-            f"prompt must be at most context_length {context} tokens, got {len(prompt)}; shorten it"
-        )
-    check_ids(torch.tensor(prompt), model.cfg.vocab_size, "prompt ids")
     device = model.wte.weight.device
     generator = torch.Generator().manual_seed(config.seed)
     cache = KVCache(model.cfg, 1, device, model.wte.weight.dtype) if use_cache else None
@@ -65,6 +59,22 @@ def decode(
             if cache is not None:
                 cache.clear()
         window.append(token)
+
+
+def check_prompt(prompt: Sequence[int], cfg: GPTConfig) -> None:
+    """Refuses what a model cannot go on from.
+
+    Raises:
+        ValueError: an empty prompt, one longer than the context, or ids outside the vocabulary.
+    """
+    if not prompt:
+        raise ValueError("prompt must hold at least one token, got none")
+    if len(prompt) > cfg.context_length:
+        raise ValueError(
+            f"prompt must be at most context_length {cfg.context_length} tokens, "
+            f"got {len(prompt)}; shorten it"
+        )
+    check_ids(torch.tensor(prompt), cfg.vocab_size, "prompt ids")
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ def sample(logits_V: Tensor, config: SampleConfig, generator: torch.Generator) -
     sorted_V, order_V = (logits_V.float() / config.temperature).sort(descending=True, stable=True)
     probability_V = sorted_V.softmax(-1)
     keep_V = torch.ones_like(probability_V, dtype=torch.bool)
-    if config.top_k is not None:
+    if config.top_k:
         keep_V[config.top_k :] = False
     if config.top_p is not None:
         shared_V = torch.where(keep_V, probability_V, 0)

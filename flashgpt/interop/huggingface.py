@@ -32,6 +32,7 @@ FIXED = {
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
 }
+SIZES = ("vocab_size", "n_positions", "n_embd", "n_head", "n_layer")
 ACTIVATIONS = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu": "gelu"}
 
 
@@ -132,6 +133,9 @@ def read_config(folder: Path) -> GPTConfig:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    for name in SIZES:
+        if not isinstance(config, dict) or name not in config:
+            raise ValueError(f"{path} is no GPT-2 config: it lacks {name}")
     for name, value in FIXED.items():
         if config.get(name, value) != value:
             raise ValueError(f"{path}: {name} must be {value!r}, got {config[name]!r}")

@@ -16,6 +16,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -134,11 +135,6 @@ def check(path: Path) -> Checkpoint:
         ValueError: written by a newer version.
     """
     state = _read_json(path / "trainer" / "state.json")
-    if state.get("format", 0) > FORMAT:
-        raise ValueError(
-            f"{path} has format {state['format']}, this version reads up to {FORMAT}; "
-            f"update flashgpt"
-        )
     expected = _read_json(path / "trainer" / "digests.json")
     for name, digest in expected.items():
         try:
@@ -147,6 +143,11 @@ def check(path: Path) -> Checkpoint:
             raise DamagedError(f"{path / name} cannot be read: {error.strerror}") from error
         if found != digest:
             raise DamagedError(f"{path / name} is damaged: its digest does not match")
+    if state.get("format", 0) > FORMAT:  # after the digests: a flipped bit is no newer version
+        raise ValueError(
+            f"{path} has format {state['format']}, this version reads up to {FORMAT}; "
+            f"update flashgpt"
+        )
     return Checkpoint(path, state)
 
 
@@ -191,6 +192,8 @@ def _model_folder(path: Path, best: bool) -> Path:
     damaged = []
     for found in good(path):
         if isinstance(found, Checkpoint):
+            for text in damaged:
+                logging.getLogger(__name__).warning("passed over: %s", text)
             return found.path
         damaged.append(str(found))
     if damaged:

@@ -55,7 +55,8 @@ class Result:
 
     Attributes:
         step: optimizer steps done in all.
-        evaluation: of the validation split at the end; None when the run was interrupted.
+        evaluation: of the validation split at the end; None when the run was interrupted, or
+            when no step was left to do.
         checkpoint: the last checkpoint.
         interrupted: the signal that ended the run, or None.
     """
@@ -137,12 +138,12 @@ class Trainer:
         return statistics.median(times)
 
     def _starting_step(self, out: Path, resume: bool, listener: Listener) -> int:
+        if not resume and checkpoint.steps(out):
+            raise ValueError(
+                f"{out} holds checkpoints; go on with --resume, or choose another --out"
+            )
         checkpoint.remove_temporaries(out)
         if not resume:
-            if checkpoint.steps(out):
-                raise ValueError(
-                    f"{out} holds checkpoints; go on with --resume, or choose another --out"
-                )
             return 0
         for found in checkpoint.good(out):
             if isinstance(found, checkpoint.DamagedError):
@@ -165,7 +166,11 @@ class Trainer:
         listener: Listener,
     ) -> Result:
         config, last = self.config, min(self.config.stop_at or math.inf, self.config.steps)
-        step, saved, evaluation = first, None, None
+        step, evaluation = first, None
+        here = record.folder / checkpoint.FOLDER / checkpoint.name_of(first)
+        saved = here if here.exists() else None  # the one that a resumed run started from
+        if first >= last:
+            listener.note(f"step {first} of {last} is done; a larger train.steps goes on")
         while step < last and signals.received is None:
             entry = self._step(step, batches, forward)
             step += 1

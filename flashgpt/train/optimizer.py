@@ -51,5 +51,5 @@ def load_state_tensors(
         optimizer.state[parameter] = {
             "exp_avg": torch.empty_like(parameter).copy_(tensors[f"{name}.exp_avg"]),
             "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"{name}.exp_avg_sq"]),
-            "step": tensors[f"{name}.step"].clone(),
+            "step": tensors[f"{name}.step"].to(parameter.device, copy=True),
         }

@@ -60,7 +60,7 @@ class Record:
         if step:
             path = self.folder / "state.json"
             if path.exists():
-                self.state |= json.loads(path.read_text(encoding="utf-8"))
+                self.state |= checkpoint.read_state(self.folder)
 
     def write_config(self, config: RunConfig) -> None:
         """Writes config.toml, unless the same one lies there."""

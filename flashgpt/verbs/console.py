@@ -22,7 +22,8 @@ PLAIN_SECONDS = 5.0  # a pipe gets a line this often, and the last one
 def console() -> Console:
     """Standard output, as rich draws on it."""
     width = None if sys.stdout.isatty() else PIPE_COLUMNS
-    return Console(highlight=False, width=width)
+    # Names of files are no markup, and a command to copy stays in one line.
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -79,10 +80,10 @@ def training(out: Console, first: int, last: int) -> Iterator[Listener]:
 
         def sample(piece: str) -> None:
             bar.stop()  # a stream of text and a live bar do not share a line
-            out.print(piece, end="", markup=False)
+            out.print(piece, end="")
 
         def note(text: str) -> None:
-            out.print(text, markup=False)
+            out.print(text)
 
         yield Listener(step, evaluation, note, sample)
         out.print()

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typing_extensions import Doc
 
+from flashgpt.cli import UsageError
 from flashgpt.config import DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
 from flashgpt.verbs.parse import Positional, parse
 
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs `flashgpt demo`."""
     args = parse(Args, "demo", argv, __doc__)
     if not 0 < args.seconds < math.inf:
-        raise ValueError(f"--seconds must be positive, got {args.seconds}")
+        raise UsageError(f"--seconds must be positive, got {args.seconds}")
     from flashgpt import orchestrator
     from flashgpt.verbs.console import console, training
     from flashgpt.verbs.verify import audit
@@ -145,7 +146,7 @@ def _summary(
     }
     out.print()
     for name, value in rows.items():
-        out.print(f"  {name:17} {value}", markup=False)
+        out.print(f"  {name:17} {value}")
     out.print("\nnext:")
     for command in (
         f'flashgpt generate {folder} --prompt "def "',
@@ -153,4 +154,4 @@ def _summary(
         f"flashgpt train --resume --out {folder} --train.steps {2 * result.step}",
         f"flashgpt verify --checkpoint {folder}",
     ):
-        out.print(f"  {command}", markup=False)
+        out.print(f"  {command}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -68,13 +69,11 @@ def main(argv: Sequence[str]) -> int:
         found = [evaluate(model, split, tokenizer.byte_lengths) for split in splits]
     tokens, n_bytes = sum(e.tokens for e in found), sum(e.bytes for e in found)
     loss = sum(e.loss * e.tokens for e in found) / tokens
-    bits = sum(e.bits_per_byte * e.bytes for e in found) / n_bytes
+    bits = loss * tokens / math.log(2) / n_bytes
     result = {"loss": loss, "bits_per_byte": bits, "tokens": tokens, "bytes": n_bytes}
     if args.json:
         print(json.dumps(result))
     else:
-        import math
-
         print(
             f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):,.2f}, "
             f"{bits:.4f} bits per byte ({tokens:,} tokens, {n_bytes:,} bytes)"

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     lines = _machine() if args.run is None else _run(args.run)
     out = console()
     for line in lines:
-        out.print(line, markup=False)
+        out.print(line)
     return 0
 
 

@@ -6,10 +6,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
+import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -32,8 +36,8 @@ def parse(
         default: values of options that are not given.
 
     Raises:
-        UsageError: an unknown option; the nearest one is suggested.
-        SystemExit: after `--help` (0), or after tyro has shown what is wrong (2).
+        UsageError: an unknown option (the nearest one is suggested), a wrong or missing value.
+        SystemExit: after `--help`.
     """
     known = set(_options(kind, ""))
     for argument in argv:
@@ -43,14 +47,39 @@ def parse(
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"see flashgpt {verb} --help"
         raise UsageError(f"flashgpt {verb} has no option {argument.split('=')[0]}; {hint}")
-    found: T = tyro.cli(  # type: ignore[assignment]  # None stands for no default
-        kind,
-        prog=f"flashgpt {verb}",
-        description=module_doc or "",
-        args=list(argv),
-        default=default,
-    )
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown), usage():
+            found: T = tyro.cli(  # type: ignore[assignment]  # None stands for no default
+                kind,
+                prog=f"flashgpt {verb}",
+                description=module_doc or "",
+                args=list(argv),
+                default=default,
+            )
+    except SystemExit as end:
+        if end.code in (None, 0):
+            raise
+        reason = _unboxed(shown.getvalue()).rstrip(".")
+        raise UsageError(f"{reason}; see flashgpt {verb} --help") from end
     return found
+
+
+@contextlib.contextmanager
+def usage() -> Iterator[None]:
+    """What a config refuses while this is entered is wrong usage."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _unboxed(shown: str) -> str:
+    """The first paragraph of the box in which tyro shows an error, in one line."""
+    rows = [re.sub(r"\x1b\[[0-9;]*m", "", row).strip(" \u2502") for row in shown.splitlines()]
+    inside = [row for row in rows if row and row[0] not in "\u256d\u2570"]
+    first = itertools.takewhile(lambda row: set(row) != {"\u2500"}, inside)
+    return " ".join(" ".join(first).split())
 
 
 def _options(kind: type, prefix: str) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Annotated
 from typing_extensions import Doc
 
 from flashgpt.config import DataConfig
-from flashgpt.verbs.parse import Positional, parse
+from flashgpt.verbs.parse import Positional, parse, usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +41,12 @@ class Args:
 def main(argv: Sequence[str]) -> int:
     """Runs `flashgpt prepare`."""
     args = parse(Args, "prepare", argv, __doc__)
+    with usage():
+        config = DataConfig(args.source, args.tokenizer, args.vocab_size)
     from flashgpt.data.prepare import prepare
     from flashgpt.data.shards import TokenData
     from flashgpt.verbs.console import console, counting
 
-    config = DataConfig(args.source, args.tokenizer, args.vocab_size)
     out = console()
     with counting(out) as progress:
         folder = prepare(config, out=Path(args.out) if args.out else None, progress=progress)

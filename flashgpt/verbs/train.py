@@ -29,7 +29,7 @@ from flashgpt.config import (
     load_toml,
     to_toml,
 )
-from flashgpt.verbs.parse import Flag, parse
+from flashgpt.verbs.parse import Flag, parse, usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,8 @@ def read(argv: Sequence[str]) -> Args:
         found = Path(parse(Args, "train", argv, __doc__).out) / "config.toml"
         if found.exists():
             base = load_toml(found)
+            # Where the run was to stop that time; now it goes on.
+            base = dataclasses.replace(base, train=dataclasses.replace(base.train, stop_at=None))
     default = Args(model=base.model, data=base.data, train=base.train, sample=base.sample)
     return parse(Args, "train", argv, __doc__, default)
 
@@ -81,6 +83,8 @@ def _load(name: str) -> RunConfig:
 def main(argv: Sequence[str]) -> int:
     """Runs `flashgpt train`."""
     args = read(argv)
+    with usage():
+        args.run.check()
     if args.print_config:
         print(to_toml(args.run), end="")
         return 0

@@ -49,13 +49,13 @@ def main(argv: Sequence[str]) -> int:
     from flashgpt.verbs.console import console
 
     out = console()
-    for line in orchestrator.verification():
-        out.print(line)
     if args.checkpoint:
         model, _ = load(args.checkpoint)
     else:
         torch.manual_seed(0)
         model = GPTModel(preset("tiny", vocab_size=512))
+    for line in orchestrator.verification():
+        out.print(line)
     passed = audit(out, model).passed
     return 0 if passed else 1
 
