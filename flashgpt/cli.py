@@ -70,8 +70,8 @@ def _prepare_torch() -> None:
     """What must be right before torch is imported: its version, and how its threads wait.
 
     Threads of the GNU OpenMP runtime spin long before they sleep. Next to any other busy process
-    that costs up to ten times a training step's time on two cores (measured: 1.7 s instead of 0.1 s;
-    0.5 s with a shorter spin); on an idle machine the shorter spin costs nothing.
+    that makes a training step on two cores up to ten times slower (measured: 1.7 s instead of
+    0.1 s; 0.5 s with a shorter spin); on an idle machine the shorter spin costs nothing.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:

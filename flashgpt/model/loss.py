@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-CHUNK_LOGITS = 2**20  # logits of a chunk on the CPU: 4 MiB in fp32, what its caches hold
+# On the CPU a chunk's logits stay in its caches (4 MiB in fp32), unless the vocabulary is so large
+# that too few rows would be left to pay for reading the weight again.
+CHUNK_LOGITS, CHUNK_MIN_ROWS = 2**20, 192
 CHUNK_ROWS_CUDA = 8192
 
 
@@ -45,69 +47,82 @@ def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> 
         dtype = x_MD.dtype
     need_grad = torch.is_grad_enabled() and (x_MD.requires_grad or weight_VD.requires_grad)
     loss: Tensor
-    loss, _, _ = _forward(x_MD, weight_VD, targets_M, dtype, need_grad)
+    loss, _, _, _ = _forward(x_MD, weight_VD, targets_M, dtype, need_grad)
     return loss
 
 
 def _chunk_rows(x_MD: Tensor, vocab: int) -> int:
     if x_MD.is_cuda:
         return CHUNK_ROWS_CUDA
-    return max(1, CHUNK_LOGITS // vocab)
+    return max(CHUNK_MIN_ROWS, CHUNK_LOGITS // vocab)
 
 
 @torch.library.custom_op("flashgpt::linear_cross_entropy", mutates_args=())
 def _forward(
     x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, dtype: torch.dtype, need_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, and with need_grad its gradients of x_MD and weight_VD (empty without)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean loss; gradients of the summed loss by x_MD and weight_VD (empty without need_grad);
+    the number of counted targets.
+
+    The 1 / number goes onto the gradients in backward, so that half-precision products see
+    probabilities, not tiny fractions of them.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     counted_M = targets_M != IGNORE
-    total = counted_M.sum()
     loss = torch.zeros((), dtype=wide, device=x_MD.device)
     dx_MD = torch.empty_like(x_MD) if need_grad else x_MD.new_empty(0)
     dw_VD = torch.zeros_like(weight_VD, dtype=wide) if need_grad else x_MD.new_empty(0)
     with torch.autocast(x_MD.device.type, enabled=False):
         weight = weight_VD.to(dtype)
-        for part in torch.arange(len(x_MD)).split(_chunk_rows(x_MD, len(weight_VD))):
-            m = slice(int(part[0]), int(part[-1]) + 1)
+        rows = _chunk_rows(x_MD, len(weight_VD))
+        for start in range(0, len(x_MD), rows):
+            m = slice(start, start + rows)
             x_mD, counted_m1 = x_MD[m].to(dtype), counted_M[m, None]
             target_m1 = targets_M[m, None].clamp(min=0)
             logits_mV = (x_mD @ weight.T).to(wide)
-            lse_m1 = logits_mV.logsumexp(-1, keepdim=True)
-            loss += ((lse_m1 - logits_mV.gather(1, target_m1)) * counted_m1).sum()
+            softmax_mV = logits_mV.softmax(-1)
+            # The largest probability is at least 1 / V, so its logarithm is exact enough.
+            top_m1, where_m1 = softmax_mV.max(-1, keepdim=True)
+            lse_m1 = logits_mV.gather(1, where_m1) - top_m1.log()
+            loss += torch.where(counted_m1, lse_m1 - logits_mV.gather(1, target_m1), 0).sum()
             if need_grad:
-                logits_mV.sub_(lse_m1).exp_()
-                logits_mV.scatter_add_(1, target_m1, -torch.ones_like(lse_m1))
-                logits_mV.mul_(counted_m1 / total)
-                dlogits_mV = logits_mV.to(dtype)
-                dx_MD[m] = dlogits_mV @ weight
-                dw_VD += dlogits_mV.T @ x_mD
-    return loss / total, dx_MD, dw_VD.to(weight_VD.dtype)
+                softmax_mV.scatter_add_(1, target_m1, -torch.ones_like(lse_m1))
+                dlogits_mV = softmax_mV.to(dtype)
+                dx_MD[m] = torch.where(counted_m1, dlogits_mV @ weight, 0)
+                x_mD = torch.where(counted_m1, x_mD, 0)
+                if dtype == wide:
+                    dw_VD.addmm_(dlogits_mV.T, x_mD)
+                else:
+                    dw_VD += dlogits_mV.T @ x_mD
+    total = counted_M.sum().to(wide)
+    return loss / total, dx_MD, dw_VD.to(weight_VD.dtype), total
 
 
 @torch.library.custom_op("flashgpt::linear_cross_entropy_backward", mutates_args=())
-def _backward(dloss: Tensor, dx_MD: Tensor, dw_VD: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(dloss: Tensor, dx_MD: Tensor, dw_VD: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     """An operator of its own, so that a second derivative is refused instead of wrong."""
-    return dx_MD * dloss.to(dx_MD.dtype), dw_VD * dloss.to(dw_VD.dtype)
+    scale = dloss / total
+    return dx_MD * scale.to(dx_MD.dtype), dw_VD * scale.to(dw_VD.dtype)
 
 
 @_forward.register_fake
 def _(
     x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, need_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss = x.new_empty((), dtype=torch.promote_types(dtype, torch.float32))
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(dtype, torch.float32)
+    loss, total = x.new_empty((), dtype=wide), x.new_empty((), dtype=wide)
     if not need_grad:
-        return loss, x.new_empty(0), weight.new_empty(0)
-    return loss, torch.empty_like(x), torch.empty_like(weight)
+        return loss, x.new_empty(0), weight.new_empty(0), total
+    return loss, torch.empty_like(x), torch.empty_like(weight), total
 
 
 @_backward.register_fake
-def _(dloss: Tensor, dx: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
+def _(dloss: Tensor, dx: Tensor, dw: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(dx), torch.empty_like(dw)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1], output[2])
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:])
 
 
 def _autograd(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

@@ -189,7 +189,7 @@ def _model_folder(path: Path, best: bool) -> Path:
         if not name:
             raise ValueError(f"{path} has no best checkpoint yet; leave --best out")
         return path / FOLDER / str(name)
-    damaged = []
+    damaged: list[str] = []
     for found in good(path):
         if isinstance(found, Checkpoint):
             for text in damaged:
