@@ -129,7 +129,9 @@ def _forward(
     layer: int,
     p: float,
     documents_BS: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out in q's dtype, lse, and out as computed (empty if that is q's dtype): backward subtracts
+    two dot products that must cancel, and a rounded out would not let them."""
     keys = k_BNSH.shape[2]
     masks, scale = _masks(q_BNTH, keys, seed, first_row, layer, p, documents_BS)
     with torch.autocast(q_BNTH.device.type, enabled=False):
@@ -152,8 +154,11 @@ def _forward(
                 acc_gtH.mul_(alpha).baddbmm_(masks.drop(p_gts, g, t, s), v_GSH[g, s])
             out_GTH[g, t] = acc_gtH * (scale / l_gt1)
             lse_GT[g, t] = (m_gt1 + l_gt1.log()).squeeze(-1)
-    out_BNTH = out_GTH.view(q_BNTH.shape).to(q_BNTH.dtype)
-    return out_BNTH, lse_GT.view(q_BNTH.shape[:3])
+    wide_BNTH = out_GTH.view(q_BNTH.shape)
+    lse_BNT = lse_GT.view(q_BNTH.shape[:3])
+    if wide_BNTH.dtype == q_BNTH.dtype:
+        return wide_BNTH, lse_BNT, wide_BNTH.new_empty(0)
+    return wide_BNTH.to(q_BNTH.dtype), lse_BNT, wide_BNTH
 
 
 @torch.library.custom_op("flashgpt::blocked_backward", mutates_args=())
@@ -197,11 +202,11 @@ def _backward(
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-        q.shape[:3], dtype=dtype
-    )
+    wide = q.new_empty(0 if dtype == q.dtype else q.shape, dtype=dtype)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:3], dtype=dtype), wide
 
 
 @_backward.register_fake
@@ -210,14 +215,15 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
     return dq, dk, dv
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, seed, first_row, layer, p, documents = inputs
-    out, lse = output
+    out, lse, wide = output
+    out = wide if wide.numel() else out
     ctx.save_for_backward(q, k, v, out, lse, seed, first_row, documents)
     ctx.layer, ctx.p = layer, p
 
 
-def _autograd(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, seed, first_row, documents = ctx.saved_tensors
     dq, dk, dv = _backward(dout, q, k, v, out, lse, seed, first_row, ctx.layer, ctx.p, documents)
     return dq, dk, dv, None, None, None, None, None
@@ -238,5 +244,5 @@ def attention(
     seed, first_row, layer, p = None, None, 0, 0.0
     if dropout is not None:
         seed, first_row, layer, p = dropout.seed, dropout.first_row, dropout.layer, dropout.p
-    out_BNTH, lse_BNT = _forward(q_BNTH, k_BNSH, v_BNSH, seed, first_row, layer, p, documents_BS)
+    out_BNTH, lse_BNT, _ = _forward(q_BNTH, k_BNSH, v_BNSH, seed, first_row, layer, p, documents_BS)
     return out_BNTH, lse_BNT.detach()

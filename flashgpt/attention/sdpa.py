@@ -65,6 +65,8 @@ def supports_cudnn(request: Request) -> str | None:
     """Reason why cuDNN cannot serve, or None."""
     if request.deterministic and request.gradient:
         return "its backward is not proven deterministic"
+    if request.shape == "single":
+        return "refuses T == S == 1"
     return _cuda(request, HALF_TYPES, 128)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from flashgpt.attention.attend import Attended, attend
 from flashgpt.attention.dropout import Dropout, attention_keep
-from flashgpt.attention.kernels import KERNELS
+from flashgpt.attention.kernels import KERNELS, refusal
 from flashgpt.attention.request import Request, bucket, shape_of
 
 MAX_FACTOR, RMS_FACTOR = 2.0, 1.25
@@ -148,7 +148,7 @@ def _share(error: float, budget: float) -> float:
     return 0.0 if error == 0 else math.inf
 
 
-def quick_cases() -> list[Case]:
+def quick_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
     """The grid of a quick audit: odd sizes, chunks, decoding, dropout, documents."""
     cases = []
     for p in (0.0, 0.1):
@@ -157,14 +157,14 @@ def quick_cases() -> list[Case]:
         cases += [Case(1, 2, t, t, 64, p) for t in (257, 1023)]
         cases += [Case(64, 8, 1, 77, 32, p), Case(8, 2, 33, 300, 32, p)]
         cases += [Case(2, 2, 200, 200, 32, p, documents=True)]
-    return cases
+    return [dataclasses.replace(case, dtype=dtype) for case in cases]
 
 
 def audit(cases: Iterable[Case], device: torch.device) -> Iterator[Verdict]:
-    """Judges every kernel that serves a case on `device`, tensor by tensor."""
+    """Judges every kernel that `choose` may take for a case on `device`, tensor by tensor."""
     for case in cases:
         request = case.request(device)
-        names = [name for name, kernel in KERNELS.items() if kernel.supports(request) is None]
+        names = [name for name in KERNELS if refusal(name, request) is None]
         pooled = {name: {tensor: Error() for tensor in TENSORS} for name in names}
         elements = case.batch * case.heads * case.queries  # of lse, the smallest tensor
         for seed in range(max(MIN_SEEDS, math.ceil(MIN_ELEMENTS / elements))):

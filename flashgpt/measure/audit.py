@@ -24,6 +24,7 @@ from flashgpt.model.gpt2 import GPTModel
 
 SEEDS = 8
 AUDIT_DROPOUT = 0.1
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass
@@ -52,7 +53,9 @@ def run(
 
     `note` hears what is being measured.
     """
-    cases = verify.quick_cases() if cases is None else cases
+    if cases is None:
+        dtypes = CUDA_DTYPES if device.type == "cuda" else (torch.float32,)
+        cases = [case for dtype in dtypes for case in verify.quick_cases(dtype)]
     rows: list[Verdict] = []
     for case in cases:
         note(f"kernels: {case}")

@@ -1,0 +1,271 @@
+"""The rule that judges kernels: our kernels pass it, wrong ones fail.
+
+pytest tests/attention/test_verify.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashgpt.attention import standard, verify
+from flashgpt.attention.dropout import Dropout
+from flashgpt.attention.kernels import KERNELS, Kernel
+from flashgpt.attention.verify import Case, Error, Verdict, judge
+
+DEVICE = torch.device("cpu")
+GRID = [
+    Case(64, 8, 1, 1, 16),
+    Case(64, 8, 5, 5, 16, 0.1),
+    Case(4, 3, 65, 65, 16),
+    Case(4, 3, 129, 129, 16, 0.1),
+    Case(8, 2, 33, 300, 32, 0.1),
+    Case(64, 8, 1, 77, 32),
+    Case(2, 2, 200, 200, 32, 0.1, documents=True),
+    Case(4, 3, 65, 65, 16, dtype=torch.float16),
+]
+SMALL = Case(8, 2, 40, 90, 16, 0.1, documents=True)  # a chunk, dropout, documents: all at once
+
+
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_all_kernels_keep_the_rule(case: Case) -> None:
+    verdicts = list(verify.audit([case], DEVICE))
+    kernels = {name for name, k in KERNELS.items() if k.supports(case.request(DEVICE)) is None}
+    fused = not case.p and not case.documents and case.queries in (1, case.keys)
+    assert kernels == {"standard", "blocked"} | ({"sdpa:cpu"} if fused else set())
+    wanted = {(kernel, tensor) for kernel in kernels for tensor in verify.TENSORS}
+    assert {(v.kernel, v.tensor) for v in verdicts} == wanted
+    assert [v for v in verdicts if not v.passed] == []
+    assert {v.case for v in verdicts} == {str(case)}
+
+
+def test_the_quick_grid_covers_every_kind_of_call() -> None:
+    cases = verify.quick_cases()
+    kinds = {(c.p > 0, c.documents, c.request(DEVICE).shape) for c in cases}
+    for dropout in (False, True):
+        assert {(dropout, False, s) for s in ("square", "single", "chunk")} <= kinds
+        assert (dropout, True, "square") in kinds
+    assert {c.queries for c in cases} >= {1, 5, 63, 65, 129, 257, 1023}
+
+
+Attention = Callable[..., tuple[Tensor, Tensor]]
+
+
+def mutant(change: str) -> Attention:
+    """Standard attention with one fault; `none` has none."""
+
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        dropout: Dropout | None,
+        documents_BS: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        mask = standard.causal_mask(q.shape[2], k.shape[2], q.device)
+        if change == "no scale":
+            q = q * q.shape[-1] ** 0.5
+        elif change == "scale a little low":
+            q = q * (1 - 2**-16)
+        elif change == "sees the next token":
+            mask = torch.ones_like(mask).tril(k.shape[2] - q.shape[2] + 1)
+        elif change == "misses itself":
+            mask = torch.ones_like(mask).tril(k.shape[2] - q.shape[2] - 1)
+            mask[:, 0] = True
+        elif change == "top-left":
+            mask = torch.ones_like(mask).tril()
+        elif change == "no mask":
+            mask = torch.ones_like(mask)
+        elif change == "no dropout":
+            dropout = None
+        elif dropout is not None and change == "dropout of the next row":
+            dropout = dataclasses.replace(dropout, first_row=dropout.first_row + 1)
+        elif dropout is not None and change == "dropout of another layer":
+            dropout = dropout.at(dropout.layer + 1)
+        elif dropout is not None and change == "dropout of the top-left":
+            rows = standard.attention_keep(dropout, *q.shape[:3], q.shape[2])
+            pad = torch.ones(*rows.shape[:3], k.shape[2] - q.shape[2], dtype=torch.bool)
+            keep = torch.cat((rows, pad), -1)
+            _, lse, weights = standard.attention(q, k, v, dropout=None, documents_BS=documents_BS)
+            weights = torch.where(keep, weights * dropout.scale, 0)
+            return weights @ v, lse
+        elif dropout is not None and change == "dropout not rescaled":
+            v = v / dropout.scale
+        elif documents_BS is not None and change == "documents end late":
+            documents_BS = documents_BS.roll(1, dims=1)
+        elif change == "no documents":
+            documents_BS = None
+        out, lse, _ = standard.attention(
+            q, k, v, dropout=dropout, documents_BS=documents_BS, mask_TS=mask
+        )
+        if change == "lse in base 2":
+            lse = lse / math.log(2)
+        elif change == "lse a little low":
+            lse = lse - 1e-3
+        elif change == "dv twice":
+            out = out + (v - v.detach()).sum()
+        return out, lse
+
+    return attention
+
+
+def serves_all(request: Any) -> None:
+    """A `supports` that refuses nothing."""
+
+
+def failures(change: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Tensors on which the mutant breaks the rule; the unchanged kernels keep it."""
+    entry = Kernel("mutant", serves_all, mutant(change))
+    monkeypatch.setitem(KERNELS, "mutant", entry)
+    verdicts = list(verify.audit([case], DEVICE))
+    assert all(v.passed for v in verdicts if v.kernel != "mutant")
+    return {v.tensor for v in verdicts if v.kernel == "mutant" and not v.passed}
+
+
+ALL = set(verify.TENSORS)
+GRADIENTS = {"out", "dq", "dk", "dv"}
+
+
+@pytest.mark.parametrize(
+    ("change", "broken"),
+    [
+        ("none", set()),
+        ("no scale", ALL),
+        ("scale a little low", ALL),
+        ("sees the next token", ALL),
+        ("misses itself", ALL),
+        ("top-left", ALL),
+        ("no mask", ALL),
+        ("no dropout", GRADIENTS),
+        ("dropout of the next row", GRADIENTS),
+        ("dropout of another layer", GRADIENTS),
+        ("dropout of the top-left", GRADIENTS),
+        ("dropout not rescaled", GRADIENTS),
+        ("documents end late", ALL),
+        ("no documents", ALL),
+        ("lse in base 2", {"lse"}),
+        ("lse a little low", {"lse"}),
+        ("dv twice", {"dv"}),
+    ],
+)
+def test_wrong_kernels_break_the_rule(
+    change: str, broken: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert failures(change, SMALL, monkeypatch) == broken
+
+
+@pytest.mark.parametrize("change", ["none", "no scale", "sees the next token", "lse in base 2"])
+def test_wrong_kernels_break_the_rule_without_dropout_too(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = failures(change, Case(32, 4, 33, 33, 16), monkeypatch)
+    assert bool(found) == (change != "none")
+
+
+MASKS = [Case(2, 3, 65, 65, 16, 0.1), Case(1, 2, 33, 70, 16, 0.1)]
+
+
+@pytest.mark.parametrize("case", MASKS, ids=str)
+def test_dropout_masks_are_compared_bit_for_bit(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert verify.masks_equal(case, DEVICE) == {"standard": True, "blocked": True}
+    changes = ["no dropout", "dropout of the next row", "dropout of another layer"]
+    changes += ["dropout of the top-left"] if case.queries < case.keys else []
+    for change in ("none", *changes):
+        monkeypatch.setitem(KERNELS, "mutant", Kernel("mutant", serves_all, mutant(change)))
+        assert verify.masks_equal(case, DEVICE)["mutant"] == (change == "none")
+
+
+@pytest.mark.parametrize("case", [Case(1, 2, 130, 130, 16), Case(1, 2, 33, 50, 16)], ids=str)
+def test_causality_is_seen(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel, entry in KERNELS.items():
+        if entry.supports(case.request(DEVICE)) is None:
+            assert verify.is_causal(kernel, case, DEVICE), kernel
+    for change in ("none", "sees the next token", "no mask"):
+        monkeypatch.setitem(KERNELS, "mutant", Kernel("mutant", serves_all, mutant(change)))
+        assert verify.is_causal("mutant", case, DEVICE) == (change == "none")
+
+
+# ---- the rule itself
+
+
+def error(largest: float, count: int = 4, floor: float = 0.0) -> Error:
+    """One element errs by `largest`, the others by half of it."""
+    exact = torch.zeros(count, dtype=torch.float64)
+    got = torch.full((count,), largest / 2, dtype=torch.float64)
+    got[0] = largest
+    made = Error()
+    made.add(got, exact, torch.zeros(count))
+    made.floor_max, made.floor_squares = floor, count * floor**2
+    return made
+
+
+def test_budget_is_twice_the_maximum_and_five_quarters_of_the_rms() -> None:
+    base = error(1e-3)
+    assert math.isclose(base.rms, 1e-3 * math.sqrt((1 + 3 / 4) / 4))
+    ok = judge("k", "c", "out", error(1.249e-3), base)
+    assert ok.passed and math.isclose(ok.max_used, 1.249 / 2)
+    assert not judge("k", "c", "out", error(1.251e-3), base).passed  # by its rms
+    peaked = Error(2.001e-3, base.squares, base.count)
+    found = judge("k", "c", "out", peaked, base)
+    assert not found.passed and found.rms_used < 1  # by its maximum
+    assert judge("k", "c", "out", Error(1.999e-3, base.squares, base.count), base).passed
+
+
+def test_the_floor_is_two_roundings_at_three_tenths_of_the_terms() -> None:
+    made = Error()
+    terms = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    made.add(torch.zeros(2), torch.zeros(2, dtype=torch.float64), terms)
+    assert math.isclose(made.floor_max, 2 * 0.3 * 2 * 2**-23)
+    assert math.isclose(made.floor_rms, 0.6 * 2**-23 * math.sqrt(2.5))
+    half = Error()  # computed in fp32: half precision gets no wider floor
+    half.add(torch.zeros(2).half(), torch.zeros(2, dtype=torch.float64), terms)
+    assert half.floor_max == made.floor_max
+    exact = error(0.0, floor=1e-7)
+    assert judge("k", "c", "out", error(0.99e-7), exact).passed
+    assert not judge("k", "c", "out", error(1.01e-7), exact).passed
+    assert not judge("k", "c", "out", error(1e-30), error(0.0)).passed
+    assert judge("k", "c", "out", error(0.0), error(0.0)).passed
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_fails_even_if_standard_fails_too(bad: float) -> None:
+    for first, second in ((bad, 1e-3), (bad, bad), (1e-3, bad)):
+        made = Error()
+        got = torch.tensor([first, second, 0.0], dtype=torch.float64)
+        made.add(got, torch.zeros(3, dtype=torch.float64), torch.ones(3))
+        made.add(torch.zeros(3), torch.zeros(3, dtype=torch.float64), torch.ones(3))
+        assert not judge("k", "c", "out", made, error(1e-3)).passed
+        assert not judge("k", "c", "out", made, made).passed
+
+
+def test_errors_are_pooled_over_seeds_and_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    run = verify._run
+
+    def counting(kernel: str, case: Case, seed: int, inputs: list[Tensor]) -> dict[str, Tensor]:
+        if kernel == "blocked":
+            seen.append(seed)
+        return run(kernel, case, seed, inputs)
+
+    monkeypatch.setattr(verify, "_run", counting)
+    list(verify.audit([Case(4, 4, 32, 32, 8)], DEVICE))
+    assert seen == list(range(8))
+    seen.clear()
+    list(verify.audit([Case(4, 4, 25, 25, 8)], DEVICE))
+    assert seen == list(range(11))  # 4,096 elements of lse, 400 a seed
+
+
+def test_a_verdict_reads_well() -> None:
+    assert str(Case(1, 2, 3, 5, 8, 0.1, documents=True)) == (
+        "T 3 S 5 H 8 dropout 0.1 documents float32"
+    )
+    assert Verdict("k", "c", "out", 0.0, 0.0, 1.0, 1.0).passed
+    assert not Verdict("k", "c", "out", 0.0, 0.0, 1.0, math.nan).passed
