@@ -99,7 +99,7 @@ def train(
     system = assemble(cfg, data.tokenizer, run.train)
     run = dataclasses.replace(run, model=run.model.pinned(cfg))
     result = system.trainer.fit(data, out, run, resume=resume, listener=listener)
-    if result.interrupted is None:
+    if result.evaluation is not None:
         text = run.sample.prompt
         listener.sample(text)
         for piece in system.generator.stream(text, run.sample):

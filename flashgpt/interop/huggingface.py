@@ -84,7 +84,10 @@ def load(folder: Path) -> GPTModel:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
     if "wte.weight" in tensors:  # the form of the original release has no prefix
+        head = tensors.pop("lm_head.weight", None)
         tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
+        if head is not None:
+            tensors["lm_head.weight"] = head
     model = GPTModel.empty(cfg)
     load_weights(model, tensors, str(path))
     return model

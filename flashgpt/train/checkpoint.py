@@ -209,7 +209,11 @@ def read_state(run: Path) -> dict[str, Any]:
     """
     if not (run / "state.json").exists():
         raise ValueError(f"{run} is no run with a checkpoint: it has no state.json")
-    return _read_json(run / "state.json")
+    state = _read_json(run / "state.json")
+    for name in ("last", "best", "best_val_loss", "receipt", "versions"):
+        if name not in state:
+            raise DamagedError(f"{run / 'state.json'} is damaged: it lacks {name}")
+    return state
 
 
 def load_into(

@@ -192,8 +192,9 @@ class Trainer:
         if saved is None or saved.name != checkpoint.name_of(step):
             saved = self._save(step, record, None)
         record.plot()
-        done = signals.received is None
-        return Result(step, evaluation if done else None, saved, signals.received)
+        if step >= last:  # a signal during the last step interrupted nothing
+            return Result(step, evaluation, saved, None)
+        return Result(step, None, saved, signals.received)
 
     def _step(
         self, step: int, batches: Batches, forward: Callable[[Tensor, Tensor], Tensor]

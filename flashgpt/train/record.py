@@ -71,8 +71,12 @@ class Record:
     def log(self, entry: dict[str, Any]) -> None:
         """Appends one object to metrics.jsonl."""
         self.metrics.append(entry)
-        with open(self._metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            with open(self._metrics_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            text = f"{self._metrics_path} cannot be written: {error.strerror}; --resume goes on"
+            raise OSError(error.errno, text) from error
 
     def saved(self, path: Path, val_loss: float | None, receipt: list[str]) -> None:
         """Notes the checkpoint just written, and whether it is the best one so far."""

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import itertools
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -77,9 +76,15 @@ def usage() -> Iterator[None]:
 def _unboxed(shown: str) -> str:
     """The first paragraph of the box in which tyro shows an error, in one line."""
     rows = [re.sub(r"\x1b\[[0-9;]*m", "", row).strip(" \u2502") for row in shown.splitlines()]
-    inside = [row for row in rows if row and row[0] not in "\u256d\u2570"]
-    first = itertools.takewhile(lambda row: set(row) != {"\u2500"}, inside)
-    return " ".join(" ".join(first).split())
+    paragraphs: list[list[str]] = [[]]
+    for row in filter(None, rows):
+        if set(row) <= {"\u2500", "-"}:
+            paragraphs.append([])
+        elif row[0] not in "\u256d\u2570":
+            paragraphs[-1].append(row)
+    # Where the output is not UTF-8 there is no frame, and the title stands above the first rule.
+    at = 0 if "\u256d" in shown else min(1, len(paragraphs) - 1)
+    return " ".join(" ".join(paragraphs[at]).split())
 
 
 def _options(kind: type, prefix: str) -> list[str]:

@@ -53,7 +53,8 @@ class Args:
 def read(argv: Sequence[str]) -> Args:
     """The options, with the TOML file that may stand first.
 
-    `--resume` without a file takes the config of the run that is there.
+    `--resume` without a file takes the config of the run that is there. A preset on the command
+    line replaces the whole model section of the file.
     """
     argv = list(argv)
     base = RunConfig()
@@ -65,19 +66,23 @@ def read(argv: Sequence[str]) -> Args:
             base = load_toml(found)
             # Where the run was to stop that time; now it goes on.
             base = dataclasses.replace(base, train=dataclasses.replace(base.train, stop_at=None))
+    if any(argument.split("=")[0] == "--model.preset" for argument in argv):
+        # The file's other model keys belong to its own preset.
+        base = dataclasses.replace(base, model=ModelConfig())
     default = Args(model=base.model, data=base.data, train=base.train, sample=base.sample)
     return parse(Args, "train", argv, __doc__, default)
 
 
 def _load(name: str) -> RunConfig:
     path = Path(name)
+    if path.suffix != ".toml":
+        raise UsageError(f"{name} is no TOML file; text goes behind --data.source {name}")
     try:
         return load_toml(path)
     except OSError as error:
         raise UsageError(f"{name} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        hint = "" if path.suffix == ".toml" else f"; text goes behind --data.source {name}"
-        raise UsageError(f"{error}{hint}") from error
+        raise UsageError(str(error)) from error
 
 
 def main(argv: Sequence[str]) -> int:

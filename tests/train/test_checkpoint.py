@@ -1,0 +1,244 @@
+"""Checkpoints: complete, checked, replaced whole or not at all.
+
+pytest tests/train/test_checkpoint.py
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+import flashgpt
+from flashgpt.train import checkpoint
+from flashgpt.train.checkpoint import DamagedError, check, good, load, steps
+
+FILES = [
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "trainer/digests.json",
+    "trainer/optimizer.safetensors",
+    "trainer/state.json",
+]
+Flip = Callable[[Path, int], None]
+
+
+def test_a_checkpoint_has_these_files_and_its_step(trained: Any) -> None:
+    assert [path.name for path in trained.checkpoints] == [
+        f"step_{step:08d}" for step in (4, 8, 12)
+    ]
+    for path in trained.checkpoints:
+        files = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file())
+        assert files == FILES
+        assert check(path).step == int(path.name.removeprefix("step_"))
+    state = check(trained.checkpoints[-1]).state
+    assert state["seed"] == 1337 and state["format"] == checkpoint.FORMAT
+    assert any(line.startswith(("sdpa:", "blocked")) for line in state["receipt"])
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_one_flipped_bit_is_found_named_and_passed_over(
+    copied: Any,
+    flip: Flip,
+    cli: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    place: str,
+) -> None:
+    newest, before = copied.checkpoints[-1], copied.checkpoints[-2]
+    file = newest / name
+    size = file.stat().st_size
+    flip(file, {"first": 0, "middle": size // 2, "last": size - 1}[place])
+    with pytest.raises(DamagedError) as caught:
+        check(newest)
+    # The list of digests says of another file that it has changed.
+    named = newest if name == "trainer/digests.json" else file
+    assert str(named) in str(caught.value)
+    assert str(named) in cli("generate", newest).error(1)
+    found = list(good(copied.folder))
+    assert isinstance(found[0], DamagedError)
+    assert isinstance(found[1], checkpoint.Checkpoint) and found[1].path == before
+    with caplog.at_level(logging.WARNING):
+        load(copied.folder)
+    assert "passed over" in caplog.text and str(named) in caplog.text
+
+
+def test_bit_flips_all_over_the_small_trainer_files_are_damage(copied: Any, flip: Flip) -> None:
+    """No flip of the format number's bits passes for a newer version, and none for sound."""
+    newest = copied.checkpoints[-1]
+    for name in ("trainer/state.json", "trainer/digests.json"):
+        content = (newest / name).read_bytes()
+        for at in range(0, len(content), 3 if name.endswith("digests.json") else 1):
+            for bit in (1, 8):
+                (newest / name).write_bytes(
+                    content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :]
+                )
+                if json_or_none(newest / name) == json.loads(content):
+                    continue  # another white space says the same
+                with pytest.raises(DamagedError):
+                    check(newest)
+        (newest / name).write_bytes(content)
+    check(newest)
+
+
+def json_or_none(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(copied: Any, name: str) -> None:
+    (copied.checkpoints[-1] / name).unlink()
+    with pytest.raises(DamagedError, match=name.replace(".", r"\.")):
+        check(copied.checkpoints[-1])
+
+
+def test_resume_passes_over_damage_and_repeats_the_run(
+    copied: Any, trained: Any, flip: Flip, cli: Callable[..., Any]
+) -> None:
+    damaged = copied.checkpoints[-1] / "trainer" / "optimizer.safetensors"
+    flip(damaged, 5000)
+    shown = cli("train", "--resume", "--out", copied.folder).done()
+    assert f"passed over: {damaged} is damaged" in shown
+    assert f"goes on from {copied.checkpoints[-2]}" in shown
+    assert copied.same_as(trained)
+    assert copied.metrics == trained.metrics
+
+
+def test_a_run_without_a_good_checkpoint_says_what_is_wrong(
+    copied: Any, flip: Flip, cli: Callable[..., Any]
+) -> None:
+    for path in copied.checkpoints:
+        flip(path / "model.safetensors", 5000)
+    refused = cli("generate", copied.folder).error(1)
+    assert all(str(path / "model.safetensors") in refused for path in copied.checkpoints)
+    shown = cli("train", "--resume", "--out", copied.folder).done()
+    assert shown.count("passed over") == 3 and "starts at step 0" in shown
+
+
+def test_a_newer_format_is_refused_and_not_passed_over(
+    copied: Any, cli: Callable[..., Any]
+) -> None:
+    newest = copied.checkpoints[-1]
+    state = json.loads((newest / "trainer" / "state.json").read_text())
+    checkpoint.write_json(newest / "trainer" / "state.json", {**state, "format": 2})
+    (newest / "trainer" / "digests.json").unlink()
+    checkpoint.write_json(newest / "trainer" / "digests.json", checkpoint._digests(newest))
+    for command in (("generate", copied.folder), ("train", "--resume", "--out", copied.folder)):
+        refused = cli(*command).error(1)
+        assert str(newest) in refused and "format 2, this version reads up to 1" in refused
+
+
+NO_SPACE = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", NO_SPACE, ids=["os", "safetensors"])
+def test_a_full_disk_is_one_line_and_leaves_what_is_there(
+    copied: Any,
+    trained: Any,
+    cli: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    refused = cli("train", "--resume", "--out", copied.folder, "--train.steps", 14).error(1)
+    assert "no space left on the disk for" in refused and "step_00000014" in refused
+    assert "Errno" not in refused and "--resume" in refused
+    monkeypatch.undo()
+    assert [
+        path.name for path in (copied.folder / "checkpoints").iterdir() if path.name[0] == "."
+    ] == []
+    assert copied.same_as(trained)
+    cli("train", "--resume", "--out", copied.folder).done()
+
+
+def test_saving_over_a_checkpoint_replaces_it_whole(copied: Any, tmp_path: Path) -> None:
+    """A damaged checkpoint of the step makes room only for a complete new one."""
+    model, tokenizer = load(copied.folder)
+    assert tokenizer is not None
+    optimizer = torch.optim.AdamW(model.parameters())
+    newest = copied.checkpoints[-1]
+    (newest / "config.json").write_text("{}")
+    path = checkpoint.save(copied.folder, model, optimizer, tokenizer, {"step": 12})
+    assert path == newest and check(newest).step == 12
+    assert sorted(p.name for p in newest.parent.iterdir()) == [p.name for p in copied.checkpoints]
+
+
+def test_steps_are_newest_first(trained: Any) -> None:
+    assert steps(trained.folder) == trained.checkpoints[::-1]
+
+
+def test_load_takes_a_run_its_best_a_checkpoint_and_a_plain_folder(
+    copied: Any, tmp_path: Path
+) -> None:
+    first, *_, last = copied.checkpoints
+    state = json.loads((copied.folder / "state.json").read_text())
+    (copied.folder / "state.json").write_text(json.dumps({**state, "best": first.name}))
+    shutil.copytree(first, tmp_path / "plain", ignore=shutil.ignore_patterns("trainer"))
+    for path, best, wanted in [
+        (copied.folder, False, last),
+        (copied.folder, True, first),
+        (first, False, first),
+        (tmp_path / "plain", False, first),
+    ]:
+        model, tokenizer = flashgpt.load(path, best=best)
+        assert not model.training and tokenizer is not None and tokenizer.vocab_size == 257
+        stored = checkpoint.load_file(wanted / "model.safetensors")["transformer.wte.weight"]
+        assert torch.equal(model.wte.weight, stored)
+    (tmp_path / "plain" / "tokenizer.json").unlink()
+    assert load(tmp_path / "plain")[1] is None
+
+
+def test_nothing_to_load_is_said(tmp_path: Path, copied: Any) -> None:
+    with pytest.raises(ValueError, match="holds neither checkpoints nor"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="is no folder; name a run or a GPT-2 folder"):
+        load(tmp_path / "none")
+    state = json.loads((copied.folder / "state.json").read_text())
+    (copied.folder / "state.json").write_text(json.dumps({**state, "best": None}))
+    with pytest.raises(ValueError, match="has no best checkpoint yet"):
+        load(copied.folder, best=True)
+
+
+def test_no_file_of_a_run_is_a_pickle(trained: Any) -> None:
+    for path in trained.folder.rglob("*"):
+        if path.is_file():
+            start = path.read_bytes()[:4]
+            assert start[:1] != b"\x80" and start != b"PK\x03\x04", path
+    package = Path(flashgpt.__file__).parent
+    for source in package.rglob("*.py"):
+        code = source.read_text()
+        for word in ("torch.load(", "torch.save(", "import pickle", "allow_pickle=True"):
+            assert word not in code, (source, word)
+
+
+def test_json_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "value.json"
+    checkpoint.write_json(path, {"a": 1})
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", broken)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.write_json(path, {"a": 2})
+    assert json.loads(path.read_bytes()) == {"a": 1}

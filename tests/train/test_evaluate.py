@@ -1,0 +1,104 @@
+"""Loss and bits per byte against sums by hand. pytest tests/train/test_evaluate.py"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flashgpt.data.shards import TokenSplit
+from flashgpt.model.gpt2 import GPTModel
+from flashgpt.train.evaluate import Evaluation, evaluate
+from flashgpt.train.loop import Listener
+
+CFG = dict(vocab_size=7, context_length=5, emb_dim=8, n_heads=2, n_layers=1, drop_rate=0.5)
+LENGTHS = np.array([1, 2, 3, 1, 4, 2, 0], dtype=np.int32)  # the last one stands for no byte
+
+
+def _split() -> TokenSplit:
+    rng = np.random.default_rng(0)
+    shards = [rng.integers(0, 7, size).astype(np.uint16) for size in (23, 1, 11)]
+    return TokenSplit(shards, [np.zeros(1, np.int64)] * 3, 0)
+
+
+def _by_hand(model: GPTModel, split: TokenSplit) -> tuple[float, int, int]:
+    """Nats, tokens and bytes: each token from those before it in its window, one at a time."""
+    nats, tokens, n_bytes = 0.0, 0, 0
+    for shard in split.tokens:
+        ids = shard.astype(np.int64).tolist()
+        for at in range(1, len(ids)):
+            start = (at - 1) // 5 * 5
+            logits = model(torch.tensor([ids[start:at]]))[0, -1].double().detach()
+            nats += float(logits.exp().sum().log() - logits[ids[at]])
+            tokens += 1
+            n_bytes += int(LENGTHS[ids[at]])
+    return nats, tokens, n_bytes
+
+
+def test_sums_are_those_by_hand() -> None:
+    torch.manual_seed(0)
+    model, split = GPTModel(CFG).eval(), _split()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(10)  # so that the loss is not that of a uniform guess
+    nats, tokens, n_bytes = _by_hand(model, split)
+    found = evaluate(model, split, LENGTHS)
+    assert (found.tokens, found.bytes) == (tokens, n_bytes) == (32, n_bytes)
+    assert found.loss == pytest.approx(nats / tokens, rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-6)
+    assert abs(found.loss - math.log(7)) > 0.1
+
+
+def test_it_uses_eval_mode_and_gives_the_mode_back() -> None:
+    torch.manual_seed(0)
+    model = GPTModel(CFG)
+    for training in (True, False):
+        model.train(training)
+        found = [evaluate(model, _split(), LENGTHS) for _ in range(2)]
+        assert found[0] == found[1] and model.training is training
+        assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(IndexError):
+        evaluate(model.train(), _split(), LENGTHS[:2])
+    assert model.training
+
+
+def test_few_tokens_are_whole_windows_and_the_same_each_time() -> None:
+    torch.manual_seed(0)
+    model, heard = GPTModel(CFG), []
+    found = evaluate(model, _split(), LENGTHS, max_tokens=12, progress=heard.append)
+    assert found.tokens == 10 and heard == [10]
+    assert found == evaluate(model, _split(), LENGTHS, max_tokens=12)
+
+
+def test_text_of_no_bytes_has_no_bits_per_byte() -> None:
+    split = TokenSplit([np.array([6, 6], np.uint16)], [np.zeros(1, np.int64)], 0)
+    found = evaluate(GPTModel(CFG), split, LENGTHS)
+    assert math.isinf(found.bits_per_byte) and found.tokens == 1
+
+
+def test_perplexity_of_a_hopeless_model_is_a_number() -> None:
+    assert math.isfinite(Evaluation(1e9, 1.0, 1, 1).perplexity)
+
+
+def test_the_runs_last_evaluation_is_what_evaluate_finds(
+    trained: Any, cli: Callable[..., Any]
+) -> None:
+    found = json.loads(cli("evaluate", trained.folder, "--json").done())
+    last = trained.metrics[-1]
+    assert found["loss"] == pytest.approx(last["val_loss"], rel=1e-9)
+    assert found["bits_per_byte"] == pytest.approx(last["bits_per_byte"], rel=1e-9)
+    assert [e["step"] for e in trained.metrics if "val_loss" in e] == [4, 8, 12]
+
+
+def test_a_listener_hears_nothing_by_default() -> None:
+    listener = Listener()
+    listener.step({})
+    listener.evaluation(1, Evaluation(1.0, 1.0, 1, 1))
+    listener.note("")
+    listener.sample("")

@@ -1,0 +1,68 @@
+"""`flashgpt verify`: passes here, and fails when a kernel is broken.
+
+The grid of cases is cut down; the whole one is run by tests/measure/test_audit.py.
+pytest tests/verbs/test_verify.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from flashgpt import config, orchestrator
+from flashgpt.attention import kernels, verify
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = verify.quick_cases
+    monkeypatch.setattr(verify, "quick_cases", lambda *kind: every(*kind)[:2])
+    monkeypatch.setattr(orchestrator, "verification", lambda: ["PyTorch version: x"])
+
+
+def test_it_passes_and_says_what_it_did(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {**config.PRESETS["tiny"], "n_layers": 1, "emb_dim": 32, "context_length": 32}
+    monkeypatch.setitem(config.PRESETS, "tiny", small)
+    shown = cli("verify").done()
+    lines = shown.splitlines()
+    assert lines[0] == "PyTorch version: x"
+    assert lines[1].strip() == "errors against float64"
+    rows = [line.split() for line in lines if line.rstrip().endswith("ok") and "%" in line]
+    assert {"blocked", "sdpa:cpu", "use_flash=True"} <= {row[0] for row in rows}
+    assert {"out", "dq", "dk", "dv", "lse", "logits", "loss", "gradients"} == {r[1] for r in rows}
+    assert "FAILED" not in shown
+    assert lines[-1].startswith("verdict: identical within the rule (")
+    for check in ("dropout masks equal", "no output depends on a later", "greedy tokens equal"):
+        assert any(line.startswith(check) for line in lines)
+
+
+@pytest.mark.parametrize("name", ["blocked", "sdpa:cpu"])
+def test_a_broken_kernel_fails(
+    trained: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A scale that is off by a thousandth."""
+    kernel = kernels.KERNELS[name]
+
+    def broken(q: Any, *rest: Any, **options: Any) -> Any:
+        return kernel.attention(q * 1.001, *rest, **options)
+
+    monkeypatch.setitem(kernels.KERNELS, name, dataclasses.replace(kernel, attention=broken))
+    ran = cli("verify", "--checkpoint", trained.folder)
+    assert ran.status == 1 and ran.err == ""
+    assert ran.out.splitlines()[-1].startswith("verdict: FAILED (")
+    failed = [line.split()[0] for line in ran.out.splitlines() if line.rstrip().endswith("FAILED")]
+    assert name in failed and set(failed) <= {name, "use_flash=True"}
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_is_measured(
+    copied: Any, cli: Cli, flip: Any
+) -> None:
+    for path in copied.checkpoints:
+        flip(path / "model.safetensors", 5000)
+    ran = cli("verify", "--checkpoint", copied.folder)
+    assert "has no good checkpoint" in ran.error(1) and ran.out == ""
