@@ -113,6 +113,8 @@ def attend(
         deterministic,
         kernel,
     )
+    if mask_TS is not None and name != standard.NAME:
+        raise ValueError(f"mask_TS is for standard attention only, but {name} serves this call")
     weights = None
     if name == standard.NAME:
         out, lse, weights = standard.attention(

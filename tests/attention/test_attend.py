@@ -340,10 +340,11 @@ def test_weights_after_dropout(oracle: Callable[..., Any], law: Callable[..., An
 def test_only_what_is_asked_for_comes_back() -> None:
     q, k, v, _ = Case(5, 5).inputs()
     assert isinstance(attend(q, k, v), Tensor)
-    found = attend(q, k, v, return_lse=True)
-    assert isinstance(found, Attended)
-    assert found.weights_BNTS is None
-    assert found.lse_BNT is not None
+    for use_flash in (True, False):
+        found = attend(q, k, v, use_flash=use_flash, return_lse=True)
+        assert isinstance(found, Attended)
+        assert found.weights_BNTS is None
+        assert found.lse_BNT is not None
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -463,6 +464,11 @@ def zeros_of(*shape: int, **options: Any) -> Tensor:
 
 QKV = zeros_of(2, 3, 4, 8)
 WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
+    "a mask that nobody would read": (
+        (QKV, QKV, QKV),
+        {"mask_TS": torch.ones(4, 4, dtype=torch.bool)},
+        r"mask_TS is for standard attention only, but sdpa:cpu serves this call",
+    ),
     "3-d": ((QKV[0], QKV[0], QKV[0]), {}, r"must be \[B, N, T, H\], got \[3, 4, 8\]"),
     "v unlike k": (
         (QKV, QKV, zeros_of(2, 3, 5, 8)),

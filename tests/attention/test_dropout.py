@@ -142,6 +142,15 @@ def test_large_masks_are_the_law(seed: int, law: Callable[..., Any]) -> None:
     np.testing.assert_array_equal(attention_keep(dropout, 2, 3, 100, 300).numpy(), expected)
 
 
+def test_a_draw_equal_to_the_threshold_is_kept(philox_numpy: Callable[..., Any]) -> None:
+    row, column = (philox_numpy((0, 0, 0, kind), 1) for kind in (0, 1))
+    draw = ((int(row[0]) | 1) * int(column[0]) + int(row[1])) % 2**32
+    for threshold in (draw, draw + 1):
+        dropout = make(threshold / 2**32)
+        assert dropout.threshold == threshold
+        assert attention_keep(dropout, 1, 1, 1, 1).item() == (threshold == draw)
+
+
 def test_masks_do_not_depend_on_how_the_work_is_cut() -> None:
     dropout = make(0.3, seed=5, first_row=6, layer=2)
     whole = attention_keep(dropout, 4, 3, 40, 40)

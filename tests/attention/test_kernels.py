@@ -61,6 +61,10 @@ def test_choice_per_kind_of_call(request_: Request, kernel: str) -> None:
 
 def test_a_known_bad_case_is_passed_over_and_says_why() -> None:
     assert choose(CUDA).refused == (("sdpa:cudnn", NAN),)
+    half = dataclasses.replace(CPU, dtype=torch.float16)
+    assert KERNELS["sdpa:cpu"].supports(half) is None
+    ((kernel, reason),) = choose(half).refused
+    assert kernel == "sdpa:cpu" and "fp16" in reason
     assert choose(CUDA) is choose(dataclasses.replace(CUDA))  # decided once
 
 
