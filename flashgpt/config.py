@@ -102,7 +102,7 @@ def _shape(
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": _shape(256, 128, 2, 4, 0.0, False),
+    "tiny": _shape(128, 128, 2, 4, 0.0, False),
     "gpt2": _shape(1024, 768, 12, 12, 0.1, True),
     "gpt2-medium": _shape(1024, 1024, 16, 24, 0.1, True),
     "gpt2-large": _shape(1024, 1280, 20, 36, 0.1, True),

@@ -55,9 +55,9 @@ def recipe(source: tuple[str, ...]) -> RunConfig:
         ModelConfig(preset="tiny"),
         DataConfig(source or ("stdlib",), vocab_size=2048),
         TrainConfig(
-            tokens_per_step=2048,
-            lr=4e-3,
-            eval_every=200,
+            tokens_per_step=1024,
+            lr=2e-3,
+            eval_every=250,
             eval_tokens=16384,
             final_eval_tokens=400_000,
             checkpoint_every=500,
