@@ -251,6 +251,12 @@ class TrainConfig:
                 raise ValueError(f"train.{name} must be in [0, 1), got {getattr(self, name)}")
         if self.lr <= 0:
             raise ValueError(f"train.lr must be positive, got {self.lr}")
+        if self.min_lr > 1:
+            raise ValueError(f"train.min_lr is a fraction of lr, at most 1, got {self.min_lr}")
+        if (self.warmup_steps or 0) > self.steps:
+            raise ValueError(
+                f"train.warmup_steps must be at most steps ({self.steps}), got {self.warmup_steps}"
+            )
         if self.seed >= 2**63:
             raise ValueError(f"train.seed must be in [0, 2^63), got {self.seed}")
 

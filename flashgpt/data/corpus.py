@@ -288,6 +288,8 @@ def _check(
     file: TextFile, update: Callable[[bytes], None], advance: Callable[[int], None]
 ) -> tuple[int, str]:
     """Size in bytes, and what is not text about the file ("" if it is text)."""
+    if file.path.suffix == ".jsonl":
+        return 0, "JSON lines, whose fields are not read yet"
     decoder = codecs.getincrementaldecoder("utf-8")()
     size = 0
     try:

@@ -66,6 +66,7 @@ class TokenData:
     train: TokenSplit
     val: TokenSplit
     tokenizer: Tokenizer
+    fingerprint: str  # of text, tokenizer and layout: equal fingerprints mean equal tokens
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenData:
@@ -88,7 +89,8 @@ class TokenData:
                 np.load(docs_path(folder / file), allow_pickle=False) for file in entry["shards"]
             ]
             splits[split] = TokenSplit(shards, starts, entry["bytes"])
-        return cls(folder, record["name"], splits["train"], splits["val"], tokenizer)
+        train, val = splits["train"], splits["val"]
+        return cls(folder, record["name"], train, val, tokenizer, record["fingerprint"])
 
     @property
     def vocab_size(self) -> int:

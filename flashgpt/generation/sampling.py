@@ -20,7 +20,9 @@ def sample(logits_V: Tensor, config: SampleConfig, generator: torch.Generator) -
     """
     if config.temperature == 0:
         return int(logits_V.argmax())
-    sorted_V, order_V = (logits_V.float() / config.temperature).sort(descending=True, stable=True)
+    sorted_V, order_V = ((logits_V - logits_V.max()).float() / config.temperature).sort(
+        descending=True, stable=True
+    )
     probability_V = sorted_V.softmax(-1)
     keep_V = torch.ones_like(probability_V, dtype=torch.bool)
     if config.top_k:

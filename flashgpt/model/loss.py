@@ -25,7 +25,8 @@ CHUNK_ROWS_CUDA = 8192
 
 
 def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> Tensor:
-    """Mean cross-entropy (nats per counted target) of the head `weight_VD` on `x_MD`; 0-d, fp32.
+    """Mean cross-entropy (nats per counted target) of the head `weight_VD` on `x_MD`; 0-d, fp32
+    at least.
 
     Under autocast the products run in its dtype. Targets equal to -100 are not counted; without any
     counted target the loss is NaN, as in PyTorch. Differentiable once.
@@ -78,7 +79,7 @@ def _forward(
         for start in range(0, len(x_MD), rows):
             m = slice(start, start + rows)
             x_mD, counted_m1 = x_MD[m].to(dtype), counted_M[m, None]
-            target_m1 = targets_M[m, None].clamp(min=0)
+            target_m1 = torch.where(counted_m1, targets_M[m, None], 0)
             logits_mV = (x_mD @ weight.T).to(wide)
             softmax_mV = logits_mV.softmax(-1)
             # The largest probability is at least 1 / V, so its logarithm is exact enough.

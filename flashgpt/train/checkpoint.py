@@ -35,6 +35,7 @@ from flashgpt.train import optimizer as optim
 FORMAT = 1
 FOLDER = "checkpoints"
 TEMPORARY = ".saving-"
+MAY_DIFFER = ("use_flash", "drop_rate")  # config keys that a resumed run may change
 
 
 class DamagedError(ValueError):
@@ -222,8 +223,15 @@ def load_into(
     """Copies weights, and the optimizer's state where one is given.
 
     Raises:
-        ValueError: another model's checkpoint.
+        ValueError: another model's checkpoint; the key that differs is named. The switch and the
+            dropout rate may differ.
     """
+    there = huggingface.read_config(checkpoint.path).to_dict()
+    for key, value in model.cfg.to_dict().items():
+        if key not in MAY_DIFFER and there[key] != value:
+            raise ValueError(
+                f"model.{key} must be {there[key]} as in {checkpoint.path}, got {value}"
+            )
     path = checkpoint.path / "model.safetensors"
     with torch.no_grad():
         huggingface.load_weights(model, load_file(path), str(path))

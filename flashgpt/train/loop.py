@@ -117,12 +117,15 @@ class Trainer:
         listener = listener or Listener()
         context = self.model.cfg.context_length
         batches = Batches(data.train, context, self.rows, self.config.seed)
-        first = self._starting_step(out, resume, listener)
+        first = self._starting_step(out, data, resume, listener)
         record = Record(out)
         record.start(run, first)
         forward = runtime.compiled(self.model, self.config, listener.note)
-        with runtime.StopSignals() as signals:
-            return self._steps(first, batches, data, record, forward, signals, listener)
+        try:
+            with runtime.StopSignals() as signals:
+                return self._steps(first, batches, data, record, forward, signals, listener)
+        finally:
+            self.model.set_dropout(None)
 
     def time_step(self, data: TokenData, seconds: float) -> float:
         """Median seconds per optimizer step, from about `seconds` of training.
@@ -135,13 +138,11 @@ class Trainer:
             started = time.perf_counter()
             self._step(len(times), batches, self.model)
             times.append(time.perf_counter() - started)
+        self.model.set_dropout(None)
         return statistics.median(times)
 
-    def _starting_step(self, out: Path, resume: bool, listener: Listener) -> int:
-        if not resume and checkpoint.steps(out):
-            raise ValueError(
-                f"{out} holds checkpoints; go on with --resume, or choose another --out"
-            )
+    def _starting_step(self, out: Path, data: TokenData, resume: bool, listener: Listener) -> int:
+        check_start(self.config, out, resume)
         checkpoint.remove_temporaries(out)
         if not resume:
             return 0
@@ -149,6 +150,11 @@ class Trainer:
             if isinstance(found, checkpoint.DamagedError):
                 listener.note(f"passed over: {found}")
                 continue
+            if found.state["data"] != data.fingerprint:
+                raise ValueError(
+                    f"{found.path} was trained on other text or with another tokenizer than "
+                    f"{data.folder}; restore the text, or start anew with another --out"
+                )
             checkpoint.load_into(found, self.model, self.optimizer)
             listener.note(f"goes on from {found.path}")
             return found.step
@@ -175,12 +181,13 @@ class Trainer:
             entry = self._step(step, batches, forward)
             step += 1
             entry = {"step": step, **entry, "epoch": batches.epochs(step)}
-            evaluation = None
+            evaluation = comparable = None
             if _due(step, config.eval_every) and step < last:
-                evaluation = self._evaluate(data, config.eval_tokens)
+                evaluation = comparable = self._evaluate(data, config.eval_tokens)
                 entry |= _evaluation_entry(evaluation)
                 listener.evaluation(step, evaluation)
             if step >= last:
+                comparable = self._evaluate(data, config.eval_tokens)  # with those on the way
                 evaluation = self._evaluate(data, config.final_eval_tokens)
                 entry |= _evaluation_entry(evaluation)
                 listener.evaluation(step, evaluation)
@@ -188,9 +195,9 @@ class Trainer:
                 record.log(entry)
                 listener.step(entry)
             if _due(step, config.checkpoint_every) or step >= last:
-                saved = self._save(step, record, evaluation)
+                saved = self._save(step, record, data, comparable)
         if saved is None or saved.name != checkpoint.name_of(step):
-            saved = self._save(step, record, None)
+            saved = self._save(step, record, data, None)
         record.plot()
         if step >= last:  # a signal during the last step interrupted nothing
             return Result(step, evaluation, saved, None)
@@ -244,12 +251,31 @@ class Trainer:
             autocast=self.autocast,
         )
 
-    def _save(self, step: int, record: Record, evaluation: Evaluation | None) -> Path:
+    def _save(
+        self, step: int, record: Record, data: TokenData, evaluation: Evaluation | None
+    ) -> Path:
         receipt = kernels.receipt()
-        state = {"step": step, "seed": self.config.seed, "receipt": receipt}
+        state = {
+            "step": step,
+            "seed": self.config.seed,
+            "data": data.fingerprint,
+            "receipt": receipt,
+        }
         path = checkpoint.save(record.folder, self.model, self.optimizer, self.tokenizer, state)
         record.saved(path, None if evaluation is None else evaluation.loss, receipt)
         return path
+
+
+def check_start(config: TrainConfig, out: Path, resume: bool) -> None:
+    """Refuses early what would fail after the data has been prepared.
+
+    Raises:
+        ValueError: `out` holds checkpoints and `resume` is off, or a device or precision that this
+            machine does not have.
+    """
+    runtime.autocast_dtype(config.precision, runtime.device(config.device))
+    if not resume and checkpoint.steps(out):
+        raise ValueError(f"{out} holds checkpoints; go on with --resume, or choose another --out")
 
 
 def dropout_seed(seed: int, step: int) -> int:

@@ -10,6 +10,7 @@ state.json      last and best checkpoint, versions, which kernels served
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,10 @@ class Record:
         text = "".join(json.dumps(entry) + "\n" for entry in kept)
         _replace_text(self._metrics_path, text)
         if step:
-            path = self.folder / "state.json"
-            if path.exists():
+            try:
                 self.state |= checkpoint.read_state(self.folder)
+            except ValueError as error:  # the checkpoint is good: go on, and choose the best anew
+                logging.getLogger(__name__).warning("%s; the best checkpoint starts anew", error)
 
     def write_config(self, config: RunConfig) -> None:
         """Writes config.toml, unless the same one lies there."""

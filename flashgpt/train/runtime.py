@@ -69,16 +69,25 @@ def compiled(
         config.compile == "auto" and on_cpu and flop < COMPILE_REPAYS_FLOP
     ):
         return model
-    if on_cpu and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+    if reason := _cannot_compile(model.wte.weight.device):
         if config.compile == "on":
-            raise ValueError(
-                "train.compile is 'on', but no C++ compiler was found; use auto or off"
-            )
-        note("runs without torch.compile: no C++ compiler was found")
+            raise ValueError(f"train.compile is 'on', but {reason}; use auto or off")
+        note(f"runs without torch.compile: {reason}")
         return model
     note("compiles the model; the first step takes about a minute")
     forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(model)
     return forward
+
+
+def _cannot_compile(device: torch.device) -> str | None:
+    """Compiles a one-line function: None if that works, else why it does not."""
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "no C++ compiler was found"
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except (RuntimeError, OSError, ImportError) as error:
+        return f"the compiler fails ({type(error).__name__}: {str(error).splitlines()[0]})"
+    return None
 
 
 class StopSignals:

@@ -72,12 +72,14 @@ def main(argv: Sequence[str]) -> int:
     if not 0 < args.seconds < math.inf:
         raise UsageError(f"--seconds must be positive, got {args.seconds}")
     from flashgpt import orchestrator
+    from flashgpt.train.loop import check_start
     from flashgpt.verbs.console import console, training
     from flashgpt.verbs.verify import audit
 
     started = time.monotonic()
     out, run = console(), recipe(args.source)
     folder = Path(args.out) if args.out else free_name(Path("runs/demo"))
+    check_start(run.train, folder, resume=False)
     data = _prepare(out, run.data)
     run = _with_steps(out, run, data, args.seconds)
     with training(out, 0, run.train.steps) as listener:

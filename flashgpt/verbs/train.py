@@ -96,9 +96,11 @@ def main(argv: Sequence[str]) -> int:
     from flashgpt import orchestrator
     from flashgpt.data.prepare import prepare
     from flashgpt.data.shards import TokenData
+    from flashgpt.train.loop import check_start
     from flashgpt.verbs.console import console, counting, training
 
     out, folder, config = console(), Path(args.out), args.run
+    check_start(config.train, folder, args.resume)
     with counting(out) as progress:
         data = TokenData.open(prepare(config.data, progress=progress))
     out.print(data.describe())

@@ -306,3 +306,10 @@ def test_a_large_corpus_is_thinned_evenly(tmp_path: Path, monkeypatch: pytest.Mo
     taken = [sum(block[0] == letter for block in blocks) for letter in letters]
     assert [number for number, count in enumerate(taken) if not count] == sorted(held)
     assert max(taken) <= 2
+
+
+def test_json_lines_are_not_taken_for_text(tmp_path: Path) -> None:
+    path = tmp_path / "my.jsonl"
+    path.write_text('{"text": "hello"}\n')
+    with pytest.raises(ValueError, match="JSON lines, whose fields are not read yet"):
+        survey(find_files([str(path)]), lambda _: None)

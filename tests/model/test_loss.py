@@ -197,3 +197,10 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         linear_cross_entropy(x[None], weight, targets)
     with pytest.raises(ValueError, match=r"targets must be \[50\], got \[49\]"):
         linear_cross_entropy(x, weight, targets[1:])
+
+
+def test_only_minus_100_is_left_out() -> None:
+    """Other negative targets are refused, not taken for token 0."""
+    x, weight = torch.randn(4, 8), torch.randn(5, 8)
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        linear_cross_entropy(x, weight, torch.tensor([1, -1, 2, -100]))

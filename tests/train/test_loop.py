@@ -5,6 +5,7 @@ pytest tests/train/test_loop.py
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -18,7 +19,14 @@ import torch
 from torch import Tensor
 
 from flashgpt import orchestrator
-from flashgpt.config import DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
+from flashgpt.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+    load_toml,
+)
 from flashgpt.data.prepare import prepare
 from flashgpt.data.shards import TokenData
 from flashgpt.model.gpt2 import GPTModel
@@ -119,9 +127,20 @@ def test_a_folder_with_checkpoints_is_not_overwritten(
     assert sorted(copied.folder.rglob("*")) == before and len(copied.metrics) == 12
 
 
-def test_another_model_does_not_resume(copied: Any, cli: Cli) -> None:
-    refused = cli("train", "--resume", "--out", copied.folder, "--model.n-layers", 3).error(1)
-    assert "model.safetensors lacks the tensor 'transformer.h.2" in refused
+@pytest.mark.parametrize(
+    ("key", "value"), [("n-layers", 3), ("n-heads", 4), ("activation", "gelu"), ("qkv-bias", True)]
+)
+def test_another_model_does_not_resume(key: str, value: object, copied: Any, cli: Cli) -> None:
+    refused = cli("train", "--resume", "--out", copied.folder, f"--model.{key}", value).error(1)
+    assert f"model.{key.replace('-', '_')} must be " in refused and f"got {value}" in refused
+    assert len(copied.metrics) == 12
+
+
+def test_other_text_does_not_resume(copied: Any, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("other words " * 400)
+    command = ("train", "--resume", "--out", copied.folder, "--data.source", tmp_path / "other.txt")
+    refused = cli(*command, "--train.steps", 20).error(1)
+    assert "was trained on other text or with another tokenizer" in refused
     assert len(copied.metrics) == 12
 
 
@@ -162,7 +181,9 @@ def test_micro_batches_make_the_same_step(
             assert abs(a - b) <= 4 * 2**-24 * a
         assert max((a - b).abs().max() for a, b in zip(weights, moved, strict=True)) <= 1e-7
     set_dropout = GPTModel.set_dropout
-    monkeypatch.setattr(GPTModel, "set_dropout", lambda self, seed, row: set_dropout(self, seed, 0))
+    monkeypatch.setattr(
+        GPTModel, "set_dropout", lambda self, seed, row=0: set_dropout(self, seed, 0)
+    )
     found, moved = _double(run, data, tmp_path / "masks", 1)
     assert max(abs(a - b) for a, b in zip(losses, found, strict=True)) > 1e-3
     assert max((a - b).abs().max() for a, b in zip(weights, moved, strict=True)) > 1e-3
@@ -298,3 +319,15 @@ def test_a_step_is_timed_without_a_run(run: RunConfig, data: TokenData) -> None:
     cfg = run.model.resolve(data.vocab_size)
     trainer = orchestrator.assemble(cfg, data.tokenizer, run.train).trainer
     assert 0 < trainer.time_step(data, 1e-9) < 60
+
+
+def test_after_training_every_forward_draws_anew(
+    tmp_path: Path, trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load_toml(trained.folder / "config.toml")
+    changed = dataclasses.replace(run, model=dataclasses.replace(run.model, drop_rate=0.5))
+    data = TokenData.open(prepare(run.data))
+    system, _ = orchestrator.train(changed, data, tmp_path / "run")
+    model = system.model.train()
+    ids = torch.arange(16)[None]
+    assert not torch.equal(model(ids), model(ids))

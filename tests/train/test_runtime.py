@@ -59,19 +59,35 @@ def test_the_compiler_is_used_where_it_is_there_and_repays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, notes = GPTModel(CFG), list[str]()
-    monkeypatch.setattr(torch, "compile", lambda m: ("compiled", m))
+    monkeypatch.setattr(torch, "compile", lambda m: m if not isinstance(m, GPTModel) else (m,))
     monkeypatch.setattr(runtime.shutil, "which", lambda name: "/usr/bin/g++")
     long = TrainConfig(steps=10**9, tokens_per_step=10**9)
     assert runtime.compiled(model, TrainConfig(), notes.append) is model
     assert runtime.compiled(model, TrainConfig(compile="off", steps=10**9), notes.append) is model
     assert notes == []
     for config in (long, TrainConfig(compile="on")):
-        assert runtime.compiled(model, config, notes.append) == ("compiled", model)
+        assert runtime.compiled(model, config, notes.append) == (model,)
     assert len(notes) == 2
     monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
     assert runtime.compiled(model, long, notes.append) is model
     assert "no C++ compiler" in notes[-1]
     with pytest.raises(ValueError, match=r"train.compile is 'on', but no C\+\+ compiler"):
+        runtime.compiled(model, TrainConfig(compile="on"), notes.append)
+
+
+def test_a_compiler_that_fails_is_said_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, notes = GPTModel(CFG), list[str]()
+
+    def broken(_: object) -> object:
+        raise RuntimeError("g++ returned 1\nand a page more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: "/usr/bin/g++")
+    long = TrainConfig(steps=10**9, tokens_per_step=10**9)
+    assert runtime.compiled(model, long, notes.append) is model
+    reason = "the compiler fails (RuntimeError: g++ returned 1)"
+    assert notes == [f"runs without torch.compile: {reason}"]
+    with pytest.raises(ValueError, match="g\\+\\+ returned 1"):
         runtime.compiled(model, TrainConfig(compile="on"), notes.append)
 
 
