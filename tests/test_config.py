@@ -114,6 +114,8 @@ def test_a_model_that_cannot_be_is_refused(change: dict[str, Any], message: str)
         (TrainConfig, {"lr": 0.0}, "train.lr must be positive, got 0.0"),
         (TrainConfig, {"lr": math.inf}, "train.lr must be finite"),
         (TrainConfig, {"min_lr": -0.1}, "train.min_lr must not be negative"),
+        (TrainConfig, {"min_lr": 7.0}, "train.min_lr is a fraction of lr, at most 1, got 7.0"),
+        (TrainConfig, {"steps": 3, "warmup_steps": 9}, "warmup_steps must be at most steps (3)"),
         (TrainConfig, {"grad_clip": -1}, "train.grad_clip must not be negative"),
         (TrainConfig, {"beta2": 1.0}, r"train.beta2 must be in \[0, 1\)"),
         (TrainConfig, {"optimizer": "sgd"}, "train.optimizer must be one of adamw, got 'sgd'"),
@@ -205,7 +207,7 @@ RUNS = st.builds(
     ),
     st.builds(
         TrainConfig,
-        steps=COUNTS,
+        steps=st.integers(9, 2**62),
         stop_at=_optional(COUNTS),
         lr=st.floats(1e-300, 1e300),
         beta1=FLOATS,
