@@ -115,7 +115,7 @@ def test_a_model_that_cannot_be_is_refused(change: dict[str, Any], message: str)
         (TrainConfig, {"lr": math.inf}, "train.lr must be finite"),
         (TrainConfig, {"min_lr": -0.1}, "train.min_lr must not be negative"),
         (TrainConfig, {"min_lr": 7.0}, "train.min_lr is a fraction of lr, at most 1, got 7.0"),
-        (TrainConfig, {"steps": 3, "warmup_steps": 9}, "warmup_steps must be at most steps (3)"),
+        (TrainConfig, {"steps": 3, "warmup_steps": 9}, r"warmup_steps must be at most steps \(3\)"),
         (TrainConfig, {"grad_clip": -1}, "train.grad_clip must not be negative"),
         (TrainConfig, {"beta2": 1.0}, r"train.beta2 must be in \[0, 1\)"),
         (TrainConfig, {"optimizer": "sgd"}, "train.optimizer must be one of adamw, got 'sgd'"),
