@@ -10,6 +10,8 @@ Legend: B batch, T query positions, S key positions, N heads, H head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -70,77 +72,48 @@ def supports_cudnn(request: Request) -> str | None:
     return _cuda(request, HALF_TYPES, 128)
 
 
-def _rows(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with the H features of a row side by side, as F.sdpa makes sure of.
-
-    The operators themselves take no notice of the last stride: the CPU one reads other memory.
-    """
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+Operator = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, ...]]
 
 
-def _no_dropout(dropout: Dropout | None, documents_BS: Tensor | None) -> None:
-    assert dropout is None and documents_BS is None, "refused by supports()"
+def _pinned(operator: Operator) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The table's form of an operator (q, k, v, causal) -> (out, lse, ...)."""
+
+    def attention(
+        q_BNTH: Tensor,
+        k_BNSH: Tensor,
+        v_BNSH: Tensor,
+        *,
+        dropout: Dropout | None,
+        documents_BS: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        assert dropout is None and documents_BS is None, "refused by supports()"
+        batch, heads, queries, _ = q_BNTH.shape
+        # The operators take no notice of the last stride (the CPU one reads other memory), so the H
+        # features of a row must lie side by side, as F.sdpa makes sure of.
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BNTH, k_BNSH, v_BNSH))
+        out_BNTH, lse, *_ = operator(q, k, v, queries > 1)
+        # Some pad T, and cuDNN adds a last dimension of 1.
+        return out_BNTH, lse.reshape(batch, heads, -1)[..., :queries]
+
+    return attention
 
 
-def attention_cpu(
-    q_BNTH: Tensor,
-    k_BNSH: Tensor,
-    v_BNSH: Tensor,
-    *,
-    dropout: Dropout | None,
-    documents_BS: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """PyTorch's CPU flash kernel: out_BNTH, lse_BNT."""
-    _no_dropout(dropout, documents_BS)
-    causal = q_BNTH.shape[-2] > 1
-    qkv = _rows(q_BNTH, k_BNSH, v_BNSH)
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*qkv, 0.0, causal)
-    return out, lse
-
-
-def attention_flash(
-    q_BNTH: Tensor,
-    k_BNSH: Tensor,
-    v_BNSH: Tensor,
-    *,
-    dropout: Dropout | None,
-    documents_BS: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """FlashAttention-2 as built into PyTorch: out_BNTH, lse_BNT."""
-    _no_dropout(dropout, documents_BS)
-    causal = q_BNTH.shape[-2] > 1
-    qkv = _rows(q_BNTH, k_BNSH, v_BNSH)
-    found = aten._scaled_dot_product_flash_attention(*qkv, 0.0, causal)
-    return found[0], found[1]
-
-
-def attention_efficient(
-    q_BNTH: Tensor,
-    k_BNSH: Tensor,
-    v_BNSH: Tensor,
-    *,
-    dropout: Dropout | None,
-    documents_BS: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The memory-efficient (CUTLASS) kernel: out_BNTH, lse_BNT."""
-    _no_dropout(dropout, documents_BS)
-    queries = q_BNTH.shape[-2]
-    qkv = _rows(q_BNTH, k_BNSH, v_BNSH)
-    found = aten._scaled_dot_product_efficient_attention(*qkv, None, True, 0.0, queries > 1)
-    return found[0], found[1][..., :queries]
-
-
-def attention_cudnn(
-    q_BNTH: Tensor,
-    k_BNSH: Tensor,
-    v_BNSH: Tensor,
-    *,
-    dropout: Dropout | None,
-    documents_BS: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """cuDNN's kernel, never with a mask tensor (NaN in its backward): out_BNTH, lse_BNT."""
-    _no_dropout(dropout, documents_BS)
-    queries = q_BNTH.shape[-2]
-    qkv = _rows(q_BNTH, k_BNSH, v_BNSH)
-    found = aten._scaled_dot_product_cudnn_attention(*qkv, None, True, 0.0, queries > 1)
-    return found[0], found[1].reshape(*q_BNTH.shape[:2], -1)[..., :queries]
+# out_BNTH, lse_BNT of PyTorch's CPU flash kernel, of FlashAttention-2 as built into PyTorch, of the
+# memory-efficient (CUTLASS) kernel, and of cuDNN's, which never gets a mask tensor: its backward
+# pass has NaN bugs there.
+attention_cpu = _pinned(
+    lambda q, k, v, causal: aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+)
+attention_flash = _pinned(
+    lambda q, k, v, causal: aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+)
+attention_efficient = _pinned(
+    lambda q, k, v, causal: aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, 0.0, causal
+    )
+)
+attention_cudnn = _pinned(
+    lambda q, k, v, causal: aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal
+    )
+)
