@@ -14,31 +14,23 @@ dropout), and g = dout:
 Both passes are one opaque operator each, so a compiler keeps them as they are. Half-precision
 inputs are computed in fp32 here.
 
-Legend: B batch, T query positions, S key positions, N heads, H head dim; G = B * N, g a part of G,
-t and s tiles of T and S.
+Legend: B batch, T query positions, S key positions, N heads, H head dim; b and n slices of B and N,
+g the b * n sequences of a part, t and s tiles of T and S.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashgpt.attention.dropout import (
-    Dropout,
-    attention_column_keys,
-    attention_row_keys,
-    dropped,
-)
+from flashgpt.attention import tiles
+from flashgpt.attention.dropout import Dropout, attention_keys, keep_scale
 from flashgpt.attention.request import Request
 
 NAME = "blocked"
-QUERY_TILE = 128  # rows of a tile
-KEY_TILE = 512  # columns of a tile
-TILE_SCORES = 2**18  # scores in flight at once: 1 MiB in fp32, about what a core's cache holds
 
 
 def supports(request: Request) -> str | None:
@@ -46,77 +38,46 @@ def supports(request: Request) -> str | None:
     return None
 
 
-@dataclasses.dataclass
-class _Masks:
-    """Which scores of a tile are out of reach, and which weights are dropped."""
+def _load(x: Tensor, b: slice, n: slice, scale: float = 1.0) -> Tensor:
+    """A part of [B, N, ., H] times `scale`: contiguous [g, ., H], in the computation's dtype."""
+    part = x[b, n].to(torch.promote_types(x.dtype, torch.float32))
+    room = torch.empty_like(part, memory_format=torch.contiguous_format)
+    return torch.mul(part, scale, out=room).flatten(0, 1)
 
-    offset: int  # absolute position of the first query, S - T
-    documents_GS: Tensor | None
-    a_GT: Tensor | None
-    b_GT: Tensor | None
-    c_S: Tensor | None
-    threshold: int
 
-    def hide(self, scores: Tensor, g: slice, t: slice, s: slice) -> Tensor:
-        """Fills invisible scores of a tile with -inf, in place."""
-        first_query = self.offset + t.start
-        if s.stop - 1 > first_query:
-            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-            scores.masked_fill_(hidden.triu(first_query - s.start + 1), float("-inf"))
-        if self.documents_GS is not None:
-            queries = slice(first_query, self.offset + t.stop)
-            own = self.documents_GS[g, queries, None]
-            scores.masked_fill_(own != self.documents_GS[g, None, s], float("-inf"))
-        return scores
+def _store(whole: Tensor, part: Tensor, factor: Tensor | float = 1.0) -> None:
+    """Writes a part [g, ., H] times `factor` into its place [b, n, ., H]."""
+    part = part.view(whole.shape)
+    if isinstance(factor, Tensor):
+        factor = factor.view(*whole.shape[:3], 1)
+    if whole.dtype == part.dtype:
+        torch.mul(part, factor, out=whole)
+    else:
+        whole.copy_(part.mul_(factor))
 
-    def drop(self, values: Tensor, g: slice, t: slice, s: slice) -> Tensor:
-        """Zeroes dropped weights of a tile, in place."""
-        if self.a_GT is None or self.b_GT is None or self.c_S is None:
-            return values
-        a, b = self.a_GT[g, t, None], self.b_GT[g, t, None]
-        return values.masked_fill_(dropped(a, b, self.c_S[s], self.threshold), 0)
+
+def _room(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty [B, N, ., H] with the heads of a position side by side, as projections want it."""
+    batch, heads, length, head_dim = like.shape
+    return like.new_empty(batch, length, heads, head_dim, dtype=dtype).transpose(1, 2)
 
 
 def _masks(
-    q_BNTH: Tensor,
+    queries: int,
+    heads: int,
     keys: int,
-    seed: Tensor | None,
-    first_row: Tensor | None,
-    layer: int,
-    p: float,
+    a_BNT: Tensor | None,
+    b_BNT: Tensor | None,
+    c_S: Tensor | None,
+    threshold: int,
     documents_BS: Tensor | None,
-) -> tuple[_Masks, float]:
-    """The masks of one call and the scale of kept weights."""
-    batch, heads, queries, _ = q_BNTH.shape
-    documents = None
+) -> tiles.Masks:
+    """The masks of a call."""
+    document = None
     if documents_BS is not None:
-        documents = documents_BS.repeat_interleave(heads, dim=0)
-    masks = _Masks(keys - queries, documents, None, None, None, 0)
-    if seed is None or first_row is None:
-        return masks, 1.0
-    dropout = Dropout(p, seed, first_row, layer)
-    a, b = attention_row_keys(dropout, batch, heads, keys - queries, queries)
-    masks.a_GT, masks.b_GT = a.flatten(0, 1), b.flatten(0, 1)
-    masks.c_S, masks.threshold = attention_column_keys(dropout, keys), dropout.threshold
-    return masks, dropout.scale
-
-
-def _work(*tensors: Tensor) -> list[Tensor]:
-    """Tensors [B, N, ., H] as contiguous [G, ., H] in the dtype of the computation."""
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return [x.to(dtype).reshape(-1, *x.shape[2:]).contiguous() for x in tensors]
-
-
-def _tiles(groups: int, queries: int, keys: int) -> Iterator[tuple[slice, slice, list[slice]]]:
-    """(part of G, query tile, visible key tiles), none of them empty."""
-    rows, columns = min(QUERY_TILE, queries), min(KEY_TILE, keys)
-    step = max(1, TILE_SCORES // (rows * columns))
-    for g in range(0, groups, step):
-        for t in range(0, queries, rows):
-            t_stop = min(t + rows, queries)
-            seen = keys - queries + t_stop
-            tiles = [slice(s, min(s + columns, seen)) for s in range(0, seen, columns)]
-            yield slice(g, min(g + step, groups)), slice(t, t_stop), tiles
+        document = tiles.document_starts(documents_BS).repeat_interleave(heads, dim=0)
+    a, b = (None if x is None else x.flatten(0, 1) for x in (a_BNT, b_BNT))
+    return tiles.Masks(keys - queries, document, a, b, c_S, threshold)
 
 
 @torch.library.custom_op("flashgpt::blocked", mutates_args=())
@@ -124,41 +85,73 @@ def _forward(
     q_BNTH: Tensor,
     k_BNSH: Tensor,
     v_BNSH: Tensor,
-    seed: Tensor | None,
-    first_row: Tensor | None,
-    layer: int,
-    p: float,
+    a_BNT: Tensor | None,
+    b_BNT: Tensor | None,
+    c_S: Tensor | None,
+    threshold: int,
     documents_BS: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out in q's dtype, lse, and out as computed (empty if that is q's dtype): backward subtracts
     two dot products that must cancel, and a rounded out would not let them."""
-    keys = k_BNSH.shape[2]
-    masks, scale = _masks(q_BNTH, keys, seed, first_row, layer, p, documents_BS)
+    (batch, heads, queries, head_dim), keys = q_BNTH.shape, k_BNSH.shape[2]
+    cut = tiles.cut(batch * heads, queries, keys, q_BNTH.device)
+    masks = _masks(queries, heads, keys, a_BNT, b_BNT, c_S, threshold, documents_BS)
+    scale = keep_scale(threshold)
+    dtype = torch.promote_types(q_BNTH.dtype, torch.float32)
+    out_BNTH, lse_BNT = _room(q_BNTH, dtype), q_BNTH.new_empty(q_BNTH.shape[:3], dtype=dtype)
     with torch.autocast(q_BNTH.device.type, enabled=False):
-        q_GTH, k_GSH, v_GSH = _work(q_BNTH, k_BNSH, v_BNSH)
-        q_GTH = q_GTH * q_GTH.shape[-1] ** -0.5
-        out_GTH, lse_GT = torch.empty_like(q_GTH), q_GTH.new_empty(q_GTH.shape[:2])
-        for g, t, tiles in _tiles(q_GTH.shape[0], q_GTH.shape[1], keys):
-            q_gtH = q_GTH[g, t]
-            m_gt1 = q_gtH.new_full((*q_gtH.shape[:2], 1), float("-inf"))
-            l_gt1, acc_gtH = torch.zeros_like(m_gt1), torch.zeros_like(q_gtH)
-            for s in tiles:
-                p_gts = masks.hide(torch.bmm(q_gtH, k_GSH[g, s].mT), g, t, s)
-                m_new = torch.maximum(m_gt1, p_gts.amax(-1, keepdim=True))
-                # A row may see no key of its first tiles (documents): -inf - -inf is NaN.
-                finite = m_new.masked_fill(m_new == float("-inf"), 0)
-                p_gts.sub_(finite).exp_()
-                alpha = (m_gt1 - finite).exp_()
-                m_gt1 = m_new
-                l_gt1.mul_(alpha).add_(p_gts.sum(-1, keepdim=True))
-                acc_gtH.mul_(alpha).baddbmm_(masks.drop(p_gts, g, t, s), v_GSH[g, s])
-            out_GTH[g, t] = acc_gtH * (scale / l_gt1)
-            lse_GT[g, t] = (m_gt1 + l_gt1.log()).squeeze(-1)
-    wide_BNTH = out_GTH.view(q_BNTH.shape)
-    lse_BNT = lse_GT.view(q_BNTH.shape[:3])
-    if wide_BNTH.dtype == q_BNTH.dtype:
-        return wide_BNTH, lse_BNT, wide_BNTH.new_empty(0)
-    return wide_BNTH.to(q_BNTH.dtype), lse_BNT, wide_BNTH
+        for b, n, g in cut.parts(batch, heads):
+            q_gTH = _load(q_BNTH, b, n, head_dim**-0.5)
+            k_gSH, v_gSH, masks_g = _load(k_BNSH, b, n), _load(v_BNSH, b, n), masks.part(g)
+            for t, columns in masks_g.tiles(queries, cut):
+                acc_gtH, l_gt1, m_gt1 = _softmax(q_gTH[:, t], k_gSH, v_gSH, masks_g, t, columns)
+                _store(out_BNTH[b, n, t], acc_gtH, scale / l_gt1)
+                lse_BNT[b, n, t] = l_gt1.log_().add_(m_gt1).view(lse_BNT[b, n, t].shape)
+    if dtype == q_BNTH.dtype:
+        return out_BNTH, lse_BNT, out_BNTH.new_empty(0)
+    return out_BNTH.to(q_BNTH.dtype), lse_BNT, out_BNTH
+
+
+def _softmax(
+    q_gtH: Tensor,
+    k_gSH: Tensor,
+    v_gSH: Tensor,
+    masks: tiles.Masks,
+    t: slice,
+    columns: list[slice],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Online softmax of one query tile: sum of p v, sum of p, maximum m; p = exp(score - m)."""
+    acc_gtH = l_gt1 = m_gt1 = None
+    for s in columns:
+        tile = tiles.Tile(masks, t, s)
+        p_gts = torch.bmm(q_gtH, k_gSH[:, s].mT)
+        tile.hide(p_gts)
+        m_new = p_gts.amax(-1, keepdim=True)
+        if m_gt1 is not None:
+            torch.maximum(m_new, m_gt1, out=m_new)
+        # A row may see no key of its first tiles (documents): -inf - -inf is NaN.
+        finite = m_new.masked_fill(m_new == -torch.inf, 0)
+        tile.clear(_exp(p_gts.sub_(finite)))
+        sum_gt1 = p_gts.sum(-1, keepdim=True)
+        tile.drop(p_gts)
+        if acc_gtH is None or l_gt1 is None or m_gt1 is None:
+            l_gt1, acc_gtH = sum_gt1, torch.bmm(p_gts, v_gSH[:, s])
+        else:
+            alpha = m_gt1.sub_(finite).exp_()
+            l_gt1.mul_(alpha).add_(sum_gt1)
+            acc_gtH.mul_(alpha).baddbmm_(p_gts, v_gSH[:, s])
+        m_gt1 = m_new
+    assert acc_gtH is not None and l_gt1 is not None and m_gt1 is not None, "each row sees a key"
+    return acc_gtH, l_gt1, m_gt1
+
+
+def _exp(x: Tensor) -> Tensor:
+    """exp(x) in place, between the smallest positive normal number and its inverse.
+
+    Beyond, each exponential takes a hundred times as long on the CPU.
+    """
+    limit = -math.ceil(math.log(torch.finfo(x.dtype).tiny))
+    return x.clamp_(-limit, limit).exp_()
 
 
 @torch.library.custom_op("flashgpt::blocked_backward", mutates_args=())
@@ -169,63 +162,104 @@ def _backward(
     v_BNSH: Tensor,
     out_BNTH: Tensor,
     lse_BNT: Tensor,
-    seed: Tensor | None,
-    first_row: Tensor | None,
-    layer: int,
-    p: float,
+    a_BNT: Tensor | None,
+    b_BNT: Tensor | None,
+    c_S: Tensor | None,
+    threshold: int,
     documents_BS: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keys = k_BNSH.shape[2]
-    masks, scale = _masks(q_BNTH, keys, seed, first_row, layer, p, documents_BS)
+    (batch, heads, queries, head_dim), keys = q_BNTH.shape, k_BNSH.shape[2]
+    cut = tiles.cut(batch * heads, queries, keys, q_BNTH.device)
+    masks = _masks(queries, heads, keys, a_BNT, b_BNT, c_S, threshold, documents_BS)
+    dq_BNTH, dk_BNSH, dv_BNSH = (_room(x, x.dtype) for x in (q_BNTH, k_BNSH, v_BNSH))
+    if documents_BS is not None:  # some keys may be seen by no query
+        dk_BNSH.zero_()
+        dv_BNSH.zero_()
     with torch.autocast(q_BNTH.device.type, enabled=False):
-        q_GTH, k_GSH, v_GSH, dout_GTH, out_GTH = _work(q_BNTH, k_BNSH, v_BNSH, dout_BNTH, out_BNTH)
-        softmax_scale = q_GTH.shape[-1] ** -0.5
-        delta_GT1 = (dout_GTH * out_GTH).sum(-1, keepdim=True)
-        lse_GT1 = lse_BNT.reshape(*q_GTH.shape[:2], 1)
-        q_GTH, dout_GTH = q_GTH * softmax_scale, dout_GTH * scale
-        dq_GTH, dk_GSH, dv_GSH = (torch.zeros_like(x) for x in (q_GTH, k_GSH, v_GSH))
-        for g, t, tiles in _tiles(q_GTH.shape[0], q_GTH.shape[1], keys):
-            q_gtH, dout_gtH = q_GTH[g, t], dout_GTH[g, t]
-            for s in tiles:
-                k_gsH, v_gsH = k_GSH[g, s], v_GSH[g, s]
-                p_gts = masks.hide(torch.bmm(q_gtH, k_gsH.mT), g, t, s)
-                p_gts.sub_(lse_GT1[g, t]).exp_()
-                ds_gts = masks.drop(torch.bmm(dout_gtH, v_gsH.mT), g, t, s)
-                ds_gts.sub_(delta_GT1[g, t]).mul_(p_gts)
-                dv_GSH[g, s].baddbmm_(masks.drop(p_gts, g, t, s).mT, dout_gtH)
-                dk_GSH[g, s].baddbmm_(ds_gts.mT, q_gtH)
-                dq_GTH[g, t].baddbmm_(ds_gts, k_gsH, alpha=softmax_scale)
-    return tuple(  # type: ignore[return-value]
-        x.view(like.shape).to(like.dtype)
-        for x, like in ((dq_GTH, q_BNTH), (dk_GSH, k_BNSH), (dv_GSH, v_BNSH))
-    )
+        for b, n, g in cut.parts(batch, heads):
+            q_gTH = _load(q_BNTH, b, n, head_dim**-0.5)
+            k_gSH, v_gSH, dout_gTH = (_load(x, b, n) for x in (k_BNSH, v_BNSH, dout_BNTH))
+            product = dout_gTH.view(out_BNTH[b, n].shape) * out_BNTH[b, n]
+            delta_gT1 = product.sum(-1).view(*q_gTH.shape[:2], 1)
+            lse_gT1 = lse_BNT[b, n].reshape(delta_gT1.shape)
+            dout_gTH.mul_(keep_scale(threshold))
+            dq, dk, dv = _gradients(
+                q_gTH, k_gSH, v_gSH, dout_gTH, delta_gT1, lse_gT1, masks.part(g), cut
+            )
+            _store_tiles(dq_BNTH[b, n], dq, head_dim**-0.5)
+            _store_tiles(dk_BNSH[b, n], dk)
+            _store_tiles(dv_BNSH[b, n], dv)
+    return dq_BNTH, dk_BNSH, dv_BNSH
+
+
+def _gradients(
+    q_gTH: Tensor,
+    k_gSH: Tensor,
+    v_gSH: Tensor,
+    dout_gTH: Tensor,
+    delta_gT1: Tensor,
+    lse_gT1: Tensor,
+    masks: tiles.Masks,
+    cut: tiles.Cut,
+) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]:
+    """dq, dk and dv of a part, as tiles by their first position."""
+    dq: dict[int, Tensor] = {}
+    dk: dict[int, Tensor] = {}
+    dv: dict[int, Tensor] = {}
+    for t, columns in masks.tiles(q_gTH.shape[1], cut):
+        q_gtH, dout_gtH = q_gTH[:, t], dout_gTH[:, t]
+        for s in columns:
+            tile = tiles.Tile(masks, t, s)
+            p_gts = torch.bmm(q_gtH, k_gSH[:, s].mT)
+            tile.clear(_exp(p_gts.sub_(lse_gT1[:, t])))
+            ds_gts = torch.bmm(dout_gtH, v_gSH[:, s].mT)
+            tile.drop(ds_gts).sub_(delta_gT1[:, t]).mul_(p_gts)
+            _add(dv, s, tile.drop(p_gts).mT, dout_gtH)
+            _add(dk, s, ds_gts.mT, q_gtH)
+            _add(dq, t, ds_gts, k_gSH[:, s])
+    return dq, dk, dv
+
+
+def _add(totals: dict[int, Tensor], rows: slice, left: Tensor, right: Tensor) -> None:
+    """Adds left right to the total of these rows, starting one where there is none.
+
+    Totals are tensors of their own, because baddbmm_ is slow on a slice of a larger one.
+    """
+    if rows.start in totals:
+        totals[rows.start][:, : rows.stop - rows.start].baddbmm_(left, right)
+    else:
+        totals[rows.start] = torch.bmm(left, right)
+
+
+def _store_tiles(whole: Tensor, found: dict[int, Tensor], factor: float = 1.0) -> None:
+    """Writes tiles [g, t, H], times `factor`, into [b, n, ., H]."""
+    for start, tile in found.items():
+        _store(whole[:, :, start : start + tile.shape[1]], tile, factor)
 
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    wide = q.new_empty(0 if dtype == q.dtype else q.shape, dtype=dtype)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[:3], dtype=dtype), wide
+    wide = q.new_empty(0) if dtype == q.dtype else _room(q, dtype)
+    return _room(q, q.dtype), q.new_empty(q.shape[:3], dtype=dtype), wide
 
 
 @_backward.register_fake
 def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return dq, dk, dv
+    return _room(q, q.dtype), _room(k, k.dtype), _room(v, v.dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, seed, first_row, layer, p, documents = inputs
+    q, k, v, a, b, c, threshold, documents = inputs
     out, lse, wide = output
     out = wide if wide.numel() else out
-    ctx.save_for_backward(q, k, v, out, lse, seed, first_row, documents)
-    ctx.layer, ctx.p = layer, p
+    ctx.save_for_backward(q, k, v, out, lse, a, b, c, documents)
+    ctx.threshold = threshold
 
 
 def _autograd(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, seed, first_row, documents = ctx.saved_tensors
-    dq, dk, dv = _backward(dout, q, k, v, out, lse, seed, first_row, ctx.layer, ctx.p, documents)
+    q, k, v, out, lse, a, b, c, documents = ctx.saved_tensors
+    dq, dk, dv = _backward(dout, q, k, v, out, lse, a, b, c, ctx.threshold, documents)
     return dq, dk, dv, None, None, None, None, None
 
 
@@ -241,8 +275,11 @@ def attention(
     documents_BS: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Blocked attention: out_BNTH in q's dtype, lse_BNT in fp32 at least (no gradient)."""
-    seed, first_row, layer, p = None, None, 0, 0.0
+    batch, heads, queries, _ = q_BNTH.shape
+    a = b = c = None
+    threshold = 0
     if dropout is not None:
-        seed, first_row, layer, p = dropout.seed, dropout.first_row, dropout.layer, dropout.p
-    out_BNTH, lse_BNT, _ = _forward(q_BNTH, k_BNSH, v_BNSH, seed, first_row, layer, p, documents_BS)
+        a, b, c = attention_keys(dropout, batch, heads, queries, k_BNSH.shape[2])
+        threshold = dropout.threshold
+    out_BNTH, lse_BNT, _ = _forward(q_BNTH, k_BNSH, v_BNSH, a, b, c, threshold, documents_BS)
     return out_BNTH, lse_BNT.detach()

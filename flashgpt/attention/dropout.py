@@ -20,6 +20,7 @@ Legend: B batch, T query positions, S key positions, N heads, D features.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ MASK32 = 0xFFFFFFFF
 HALF = 2**31
 ATTENTION_ROWS, ATTENTION_COLUMNS = 0, 1
 EMBEDDING, ATTENTION_OUTPUT, MLP_OUTPUT = 0, 1, 2
+
+
+def keep_scale(threshold: int) -> float:
+    """1 / (probability that a value is kept)."""
+    return 2**32 / (2**32 - threshold)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Dropout:
     @property
     def scale(self) -> float:
         """1 / (exact probability that a value is kept)."""
-        return 2**32 / (2**32 - self.threshold)
+        return keep_scale(self.threshold)
 
     def at(self, layer: int) -> Dropout:
         """The same draw for another layer."""
@@ -119,44 +125,47 @@ def _signed(word: Tensor) -> Tensor:
     return (((word + HALF) & MASK32) - HALF).to(torch.int32)
 
 
-def attention_row_keys(
-    dropout: Dropout, batch: int, heads: int, start: int, count: int
-) -> tuple[Tensor, Tensor]:
-    """Row keys a_BNT and b_BNT (int32; b lowered by 2^31) of query positions start .. start+count.
+class AttentionKeys(NamedTuple):
+    """What the attention mask of one call is made of, int32: kernels read these tables."""
 
-    Positions are absolute: with S keys and T queries the first query is at S - T.
-    """
+    a_BNT: Tensor
+    b_BNT: Tensor  # lowered by 2^31
+    c_S: Tensor
+
+
+def attention_keys(
+    dropout: Dropout, batch: int, heads: int, queries: int, keys: int
+) -> AttentionKeys:
+    """Row and column keys. Positions are absolute: the first of T queries is at S - T."""
     device = dropout.seed.device
     row_B11 = (torch.arange(batch, device=device) + dropout.first_row)[:, None, None]
     head_N1 = torch.arange(heads, device=device)[:, None]
-    position_T = torch.arange(start, start + count, device=device)
+    position_S = torch.arange(keys, device=device)
     word0, word1, _, _ = philox(
-        position_T, row_B11 * heads + head_N1, dropout.layer, ATTENTION_ROWS, dropout.seed
+        position_S[keys - queries :],
+        row_B11 * heads + head_N1,
+        dropout.layer,
+        ATTENTION_ROWS,
+        dropout.seed,
     )
-    return _signed(word0 | 1), (word1 - HALF).to(torch.int32)
+    column, _, _, _ = philox(position_S, 0, dropout.layer, ATTENTION_COLUMNS, dropout.seed)
+    return AttentionKeys(_signed(word0 | 1), (word1 - HALF).to(torch.int32), _signed(column))
 
 
-def attention_column_keys(dropout: Dropout, count: int) -> Tensor:
-    """Column keys c_S (int32) of key positions 0 .. count."""
-    position_S = torch.arange(count, device=dropout.seed.device)
-    word0, _, _, _ = philox(position_S, 0, dropout.layer, ATTENTION_COLUMNS, dropout.seed)
-    return _signed(word0)
-
-
-def dropped(a: Tensor, b: Tensor, c: Tensor, threshold: int) -> Tensor:
-    """Where a * c + b says that a value is dropped (bool); a, b, c broadcast.
+def keep_bits(a: Tensor, b: Tensor, c: Tensor, threshold: int) -> Tensor:
+    """1 where a * c + b says that a value is kept, else 0 (int32); a, b, c broadcast.
 
     int32 arithmetic wraps modulo 2^32, and with b lowered by 2^31 the signed comparison orders as
-    the unsigned one of the definition does.
+    the unsigned one of the definition does. In three steps of one dtype, because the CPU
+    vectorises those alone: a bool result, or one `addcmul`, takes ten times as long.
     """
-    return torch.addcmul(b, a, c) < threshold - HALF
+    return torch.mul(a, c).add_(b).ge_(threshold - HALF)
 
 
 def attention_keep(dropout: Dropout, batch: int, heads: int, queries: int, keys: int) -> Tensor:
     """The whole attention mask keep_BNTS (bool, True = kept), bottom-right aligned."""
-    a_BNT, b_BNT = attention_row_keys(dropout, batch, heads, keys - queries, queries)
-    c_S = attention_column_keys(dropout, keys)
-    return ~dropped(a_BNT[..., None], b_BNT[..., None], c_S, dropout.threshold)
+    a_BNT, b_BNT, c_S = attention_keys(dropout, batch, heads, queries, keys)
+    return keep_bits(a_BNT[..., None], b_BNT[..., None], c_S, dropout.threshold).bool()
 
 
 def element_keep(
@@ -171,7 +180,7 @@ def element_keep(
     column, _, _, _ = philox(feature_D, 0, dropout.layer, 3 + 2 * site, dropout.seed)
     a_BT1 = _signed(word0 | 1)[..., None]
     b_BT1 = (word1 - HALF).to(torch.int32)[..., None]
-    return ~dropped(a_BT1, b_BT1, _signed(column), dropout.threshold)
+    return keep_bits(a_BT1, b_BT1, _signed(column), dropout.threshold).bool()
 
 
 def drop_elements(x_BTD: Tensor, dropout: Dropout | None, site: int, start: int = 0) -> Tensor:

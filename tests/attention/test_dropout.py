@@ -222,17 +222,17 @@ def test_masks_look_like_independent_coins(p: float, seed: int) -> None:
 @pytest.mark.parametrize("weak", ["raw columns", "no product"])
 def test_the_statistics_tell_weak_masks_apart(weak: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """a j + b, and b + c, the cheaper forms that kernels.md 4.2 rejects."""
+    keys = dropout_module.attention_keys
+
+    def raw_columns(*call: Any) -> dropout_module.AttentionKeys:
+        found = keys(*call)
+        return found._replace(c_S=torch.arange(len(found.c_S), dtype=torch.int32))
+
     if weak == "raw columns":
-        monkeypatch.setattr(
-            dropout_module,
-            "attention_column_keys",
-            lambda dropout, count: torch.arange(count, dtype=torch.int32),
-        )
+        monkeypatch.setattr(dropout_module, "attention_keys", raw_columns)
     else:
         monkeypatch.setattr(
-            dropout_module,
-            "dropped",
-            lambda a, b, c, threshold: b + c < threshold - 2**31,
+            dropout_module, "keep_bits", lambda a, b, c, threshold: b + c >= threshold - 2**31
         )
     assert max(z_scores(make(0.1, 0)).values()) > 20
 
