@@ -229,6 +229,10 @@ class TrainConfig:
         Literal["auto", "fp32", "bf16"], Doc("auto: bf16 autocast on CUDA, fp32 on the CPU")
     ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], Doc("auto: CUDA if there is any")] = "auto"
+    dropout_masks: Annotated[
+        Literal["shared", "kernel"],
+        Doc("attention dropout: the same masks on every kernel, or each kernel's own"),
+    ] = "shared"
     compile: Annotated[
         Literal["auto", "on", "off"],
         Doc("torch.compile; auto: where a probe works and the planned run repays it"),

@@ -11,7 +11,7 @@ import io
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,14 @@ from flashgpt.cli import main
 
 WORDS = ("cat", "sat", "mat", "old", "dogs", "ran", "over", "green", "hills", "and", "slept")
 STEPS = 12
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_measurement_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Kernels are chosen as built in, whatever `bench attention --save` left here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHGPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,7 +76,7 @@ def attend(
     Args:
         q_BNTH, k_BNSH, v_BNSH: queries, keys, values, T <= S; any strides, same dtype and device.
         use_flash: False means standard attention.
-        dropout: drops attention weights by the shared mask; the caller passes it in training only.
+        dropout: drops attention weights; the caller passes it in training only.
         documents_BT: integer document of each key, [B, S]; a query sees its own document only.
         kernel: pins a kernel by name.
         deterministic: only kernels whose backward repeats bit for bit.
@@ -109,8 +109,10 @@ def attend(
         shape_of(queries, keys),
         dropout is not None,
         documents_BT is not None,
-        torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
+        torch.is_grad_enabled()
+        and (q_BNTH.requires_grad or k_BNSH.requires_grad or v_BNSH.requires_grad),
         deterministic,
+        dropout is not None and dropout.own_masks,
         kernel,
     )
     if mask_TS is not None and name != standard.NAME:

@@ -34,8 +34,8 @@ NAME = "blocked"
 
 
 def supports(request: Request) -> str | None:
-    """None: any device, any dtype, any shape."""
-    return None
+    """None, whatever the device, dtype and shape, except for masks that are not the shared ones."""
+    return "drops by the shared masks only" if request.own_masks else None
 
 
 def _load(x: Tensor, b: slice, n: slice, scale: float = 1.0) -> Tensor:

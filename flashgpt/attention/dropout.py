@@ -47,12 +47,15 @@ class Dropout:
         first_row: row of the first sequence in the GLOBAL batch of this step (rank and micro-step
             included), 0-d int64 tensor on the device of the data.
         layer: index of the transformer block.
+        own_masks: attention weights are dropped by the kernel's own generator (PyTorch's) instead
+            of the shared masks; then they depend on the kernel.
     """
 
     p: float
     seed: Tensor
     first_row: Tensor
     layer: int = 0
+    own_masks: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.p < 1:
@@ -70,7 +73,11 @@ class Dropout:
 
     def at(self, layer: int) -> Dropout:
         """The same draw for another layer."""
-        return Dropout(self.p, self.seed, self.first_row, layer)
+        return Dropout(self.p, self.seed, self.first_row, layer, self.own_masks)
+
+    def with_own_masks(self) -> Dropout:
+        """The same, but each kernel draws attention masks of its own."""
+        return Dropout(self.p, self.seed, self.first_row, self.layer, own_masks=True)
 
 
 @torch.library.custom_op("flashgpt::draw_seed", mutates_args=())

@@ -5,12 +5,15 @@ Legend: B batch, T query positions, S key positions, N heads, H head dim, D mode
 
 from __future__ import annotations
 
+from types import EllipsisType
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from flashgpt.attention import kernels
 from flashgpt.attention.attend import attend
 from flashgpt.attention.dropout import Dropout, fresh
+from flashgpt.attention.standard import NAME as STANDARD
 from flashgpt.attention.standard import causal_mask
 
 
@@ -67,19 +70,40 @@ class MultiHeadAttention(nn.Module):
         self.use_flash = True
         self.kernel: str | None = None
         self.deterministic = False
+        self.own_masks = False
         self.set_attention(use_flash=use_flash)
 
     def set_attention(
         self,
         *,
         use_flash: bool | None = None,
-        kernel: str | None = None,
+        kernel: str | EllipsisType | None = ...,
         deterministic: bool | None = None,
+        own_masks: bool | None = None,
     ) -> None:
-        """Moves the switch; `kernel` pins one kernel by name, None lets `choose` decide."""
-        self.kernel = kernel
+        """Moves the switch; what is left out stays as it is.
+
+        Args:
+            use_flash: True for fused flash attention, False for standard.
+            kernel: pins one kernel by name; None lets `choose` decide.
+            deterministic: only kernels whose backward repeats bit for bit.
+            own_masks: each kernel drops by a generator of its own instead of the shared masks.
+
+        Raises:
+            ValueError: `kernel` names no kernel, or not the standard one with use_flash=False.
+        """
+        name = self.kernel if isinstance(kernel, EllipsisType) else kernel
+        kernels.check_name(name)
+        if not (self.use_flash if use_flash is None else use_flash) and name not in (
+            None,
+            STANDARD,
+        ):
+            raise ValueError(f"kernel must be {STANDARD!r} with use_flash=False, got {name!r}")
+        self.kernel = name
         if deterministic is not None:
             self.deterministic = deterministic
+        if own_masks is not None:
+            self.own_masks = own_masks
         if use_flash is None or use_flash == self.use_flash:
             return
         self.use_flash = use_flash
@@ -121,6 +145,7 @@ class MultiHeadAttention(nn.Module):
         draw = None
         if self.training and self.dropout > 0:
             draw = fresh(self.dropout, x_BTD) if dropout is None else dropout
+            draw = draw.with_own_masks() if self.own_masks else draw
         out_BNTH = attend(
             q_BNTH,
             k_BNSH,

@@ -1,8 +1,12 @@
 """Which kernel serves an attention call, and why: the table, the choice, the receipt.
 
-`choose` is a pure function of a `Request`. It walks the kernels from the fastest to the slowest as
-measured for that device and takes the first that does not refuse. Nothing falls back in silence:
-the receipt holds one line per kind of call, with the reason why each faster kernel was refused.
+`choose` is a pure function of a `Request`. It walks the kernels from the fastest to the slowest, as
+measured on this device (measured.py) or else as built in, and takes the first that does not refuse.
+Nothing falls back in silence: the receipt holds one line per kind of call, with the reason why each
+faster kernel was refused.
+
+To add a kernel: a file with `supports` and `attention`, a row in KERNELS, its place in FASTEST. The
+audit (verify.py) then judges it, and `flashgpt bench attention` times it.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any
 
 import torch
 
-from flashgpt.attention import blocked, sdpa, standard
+from flashgpt.attention import blocked, measured, sdpa, standard
 from flashgpt.attention.request import Request, Shape
 
 
@@ -69,20 +73,28 @@ KNOWN_BAD: dict[str, tuple[Callable[[Request], bool], str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The kernel that serves a request, and what the faster ones answered."""
+    """The kernel that serves a request, what the faster ones answered, and who says "faster"."""
 
     kernel: str
     refused: tuple[tuple[str, str], ...]
+    order: str = ""
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(request: Request) -> Choice:
     """The fastest kernel that serves `request`, with the refusals on the way."""
+    names, order = FASTEST.get(request.device, ("blocked",)), ""
+    if (found := measured.order(request)) is not None:
+        known = tuple(name for name in found.kernels if name in names)
+        names = (*known, *(name for name in names if name not in known))
+        order = f"order measured on {found.date}"
+    if request.own_masks:  # PyTorch's last resort is no other: its math path
+        names = (*names, standard.NAME)
     refused: list[tuple[str, str]] = []
-    for name in FASTEST.get(request.device, ("blocked",)):
+    for name in names:
         reason = refusal(name, request)
         if reason is None:
-            return Choice(name, tuple(refused))
+            return Choice(name, tuple(refused), order)
         refused.append((name, reason))
     raise AssertionError(f"blocked serves everything, yet {request} found no kernel")
 
@@ -96,7 +108,7 @@ def refusal(name: str, request: Request) -> str | None:
     return reason
 
 
-_served: dict[tuple[Request, str], Choice] = {}
+_served: dict[tuple[Any, ...], tuple[Request, Choice]] = {}
 
 
 def resolve(
@@ -109,27 +121,30 @@ def resolve(
     documents: bool,
     gradient: bool,
     deterministic: bool,
+    own_masks: bool,
     kernel: str | None,
 ) -> str:
     """Name of the kernel that serves a call, noted in the receipt.
 
-    While a model is being compiled this runs once, at trace time, and its answer is baked in.
+    While a model is being compiled this runs once, at trace time, and its answer is baked in. Calls
+    of a kind that was served before cost one look-up.
 
     Raises:
         ValueError: `kernel` names no kernel, or one that cannot serve the call (with the reason).
     """
-    request = Request(
-        device, dtype, head_dim, t_bucket, shape, dropout, documents, gradient, deterministic
-    )
+    sizes = (device, dtype, head_dim, t_bucket, shape)
+    facts = (*sizes, dropout, documents, gradient, deterministic, own_masks)
+    if (served := _served.get((facts, kernel))) is not None:
+        return served[1].kernel
+    request = Request(*facts)
     if kernel is None:
         choice = choose(request)
     else:
-        if kernel not in KERNELS:
-            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+        check_name(kernel)
         if reason := KERNELS[kernel].supports(request):
             raise ValueError(f"kernel {kernel!r} cannot serve this call ({request}): {reason}")
         choice = Choice(kernel, (("others", f"{kernel} was asked for"),))
-    _served[request, choice.kernel] = choice
+    _served[facts, kernel] = request, choice
     return choice.kernel
 
 
@@ -137,12 +152,23 @@ def resolve(
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def check_name(kernel: str | None) -> None:
+    """Refuses what names no kernel; None lets `choose` decide.
+
+    Raises:
+        ValueError: lists the names.
+    """
+    if kernel is not None and kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+
+
 def receipt() -> list[str]:
     """One line per kind of call that was served: the kernel, and why faster ones were refused."""
     lines = []
-    for (request, name), choice in _served.items():
-        reasons = "; ".join(f"not {kernel}: {why}" for kernel, why in choice.refused)
-        lines.append(f"{name} served {request}" + (f" ({reasons})" if reasons else ""))
+    for request, choice in _served.values():
+        notes = [choice.order] if choice.order else []
+        reasons = "; ".join(notes + [f"not {kernel}: {why}" for kernel, why in choice.refused])
+        lines.append(f"{choice.kernel} served {request}" + (f" ({reasons})" if reasons else ""))
     return lines
 
 

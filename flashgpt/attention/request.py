@@ -21,10 +21,11 @@ class Request:
         head_dim: features per head.
         t_bucket: smallest entry of T_BUCKETS that holds the query count (the last one beyond it).
         shape: square (T == S), single (T == 1) or chunk (1 < T < S).
-        dropout: the shared dropout is on.
+        dropout: attention weights are dropped.
         documents: packed documents must not see each other.
         gradient: a backward pass will follow.
         deterministic: only kernels whose backward is proven to repeat bit for bit.
+        own_masks: dropout masks are the kernel's own, not the shared ones.
     """
 
     device: str
@@ -36,12 +37,14 @@ class Request:
     documents: bool
     gradient: bool
     deterministic: bool
+    own_masks: bool = False
 
     def __str__(self) -> str:
         parts = [self.device, str(self.dtype).removeprefix("torch."), f"H {self.head_dim}"]
         parts += [f"T <= {self.t_bucket}", self.shape]
-        flags = ("dropout", "documents", "gradient", "deterministic")
-        return ", ".join(parts + [flag for flag in flags if getattr(self, flag)])
+        flags = ("dropout", "own_masks", "documents", "gradient", "deterministic")
+        parts += [flag.replace("_", " ") for flag in flags if getattr(self, flag)]
+        return ", ".join(parts)
 
 
 def bucket(queries: int) -> int:

@@ -23,7 +23,7 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 def _common(request: Request) -> str | None:
-    if request.dropout:
+    if request.dropout and not request.own_masks:
         return "PyTorch's kernels cannot draw the shared dropout mask"
     if request.documents:
         return "PyTorch's kernels have no document mask"
@@ -36,7 +36,7 @@ def supports_cpu(request: Request) -> str | None:
     """Reason why PyTorch's CPU flash kernel cannot serve, or None."""
     if request.device != "cpu":
         return f"runs on the CPU, data is on {request.device}"
-    return _common(request)
+    return "has no dropout" if request.own_masks else _common(request)
 
 
 def _cuda(request: Request, dtypes: tuple[torch.dtype, ...], max_head_dim: int) -> str | None:
@@ -69,14 +69,16 @@ def supports_cudnn(request: Request) -> str | None:
         return "its backward is not proven deterministic"
     if request.shape == "single":
         return "refuses T == S == 1"
+    if request.own_masks:
+        return "drops with a probability in sixteenths"
     return _cuda(request, HALF_TYPES, 128)
 
 
-Operator = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, ...]]
+Operator = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, ...]]
 
 
 def _pinned(operator: Operator) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The table's form of an operator (q, k, v, causal) -> (out, lse, ...)."""
+    """The table's form of an operator (q, k, v, p, causal) -> (out, lse, ...)."""
 
     def attention(
         q_BNTH: Tensor,
@@ -86,14 +88,16 @@ def _pinned(operator: Operator) -> Callable[..., tuple[Tensor, Tensor]]:
         dropout: Dropout | None,
         documents_BS: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        assert dropout is None and documents_BS is None, "refused by supports()"
-        batch, heads, queries, _ = q_BNTH.shape
+        assert documents_BS is None and (dropout is None or dropout.own_masks), "refused before"
+        p = 0.0 if dropout is None else dropout.p
+        queries = q_BNTH.shape[2]
         # The operators take no notice of the last stride (the CPU one reads other memory), so the H
         # features of a row must lie side by side, as F.sdpa makes sure of.
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BNTH, k_BNSH, v_BNSH))
-        out_BNTH, lse, *_ = operator(q, k, v, queries > 1)
-        # Some pad T, and cuDNN adds a last dimension of 1.
-        return out_BNTH, lse.reshape(batch, heads, -1)[..., :queries]
+        q, k, v = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_BNTH, k_BNSH, v_BNSH)]
+        out_BNTH, lse, *_ = operator(q, k, v, p, queries > 1)
+        if lse.shape != q_BNTH.shape[:3]:  # some pad T, and cuDNN adds a last dimension of 1
+            lse = lse.reshape(*q_BNTH.shape[:2], -1)[..., :queries]
+        return out_BNTH, lse
 
     return attention
 
@@ -102,18 +106,20 @@ def _pinned(operator: Operator) -> Callable[..., tuple[Tensor, Tensor]]:
 # memory-efficient (CUTLASS) kernel, and of cuDNN's, which never gets a mask tensor: its backward
 # pass has NaN bugs there.
 attention_cpu = _pinned(
-    lambda q, k, v, causal: aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    lambda q, k, v, p, causal: aten._scaled_dot_product_flash_attention_for_cpu.default(
+        q, k, v, 0.0, causal
+    )
 )
 attention_flash = _pinned(
-    lambda q, k, v, causal: aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+    lambda q, k, v, p, causal: aten._scaled_dot_product_flash_attention.default(q, k, v, p, causal)
 )
 attention_efficient = _pinned(
-    lambda q, k, v, causal: aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, True, 0.0, causal
+    lambda q, k, v, p, causal: aten._scaled_dot_product_efficient_attention.default(
+        q, k, v, None, True, p, causal
     )
 )
 attention_cudnn = _pinned(
-    lambda q, k, v, causal: aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, causal
+    lambda q, k, v, p, causal: aten._scaled_dot_product_cudnn_attention.default(
+        q, k, v, None, True, p, causal
     )
 )

@@ -57,7 +57,9 @@ def attention(
     scores_BNTS = scores_BNTS.masked_fill(~visible, float("-inf"))
     weights_BNTS = torch.softmax(scores_BNTS, dim=-1)
     lse_BNT = torch.logsumexp(scores_BNTS.detach(), dim=-1)
-    if dropout is not None:
+    if dropout is not None and dropout.own_masks:
+        weights_BNTS = torch.nn.functional.dropout(weights_BNTS, dropout.p)
+    elif dropout is not None:
         keep_BNTS = attention_keep(dropout, batch, heads, queries, keys)
         weights_BNTS = torch.where(keep_BNTS, weights_BNTS * dropout.scale, 0)
     weights_BNTS = weights_BNTS.to(v_BNSH.dtype)

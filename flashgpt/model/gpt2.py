@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import EllipsisType
 from typing import Any, Protocol, Self
 
 import torch
@@ -101,20 +102,21 @@ class GPTModel(nn.Module):
         self,
         *,
         use_flash: bool | None = None,
-        kernel: str | None = None,
+        kernel: str | EllipsisType | None = ...,
         deterministic: bool | None = None,
+        own_masks: bool | None = None,
     ) -> None:
-        """Moves the switch in every layer; weights stay as they are.
+        """Moves the switch in every layer; weights, and what is left out, stay as they are.
 
-        Args:
-            use_flash: True for fused flash attention, False for standard; None leaves it.
-            kernel: pins one kernel by name; None lets `choose` decide.
-            deterministic: only kernels whose backward repeats bit for bit; None leaves it.
+        Args and Raises: those of `MultiHeadAttention.set_attention`.
         """
         for module in self.modules():
             if isinstance(module, MultiHeadAttention):
                 module.set_attention(
-                    use_flash=use_flash, kernel=kernel, deterministic=deterministic
+                    use_flash=use_flash,
+                    kernel=kernel,
+                    deterministic=deterministic,
+                    own_masks=own_masks,
                 )
         if use_flash is not None:
             self.cfg = GPTConfig.from_dict({**self.cfg.to_dict(), "use_flash": use_flash})

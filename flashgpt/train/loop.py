@@ -84,6 +84,7 @@ class Trainer:
         self.device = runtime.device(config.device)
         self.autocast = runtime.autocast_dtype(config.precision, self.device)
         self.model = model.to(self.device)
+        self.model.set_attention(own_masks=config.dropout_masks == "kernel")
         self.tokenizer = tokenizer
         self.config = config
         self.rows = config.rows(model.cfg.context_length)  # sequences in one optimizer step
@@ -120,6 +121,7 @@ class Trainer:
         first = self._starting_step(out, data, resume, listener)
         record = Record(out)
         record.start(run, first)
+        kernels.clear_receipt()  # the run's record is of this run
         forward = runtime.compiled(self.model, self.config, listener.note)
         try:
             with runtime.StopSignals() as signals:
@@ -179,6 +181,9 @@ class Trainer:
             listener.note(f"step {first} of {last} is done; a larger train.steps goes on")
         while step < last and signals.received is None:
             entry = self._step(step, batches, forward)
+            if step == first:
+                for line in kernels.receipt():
+                    listener.note(f"attention: {line}")
             step += 1
             entry = {"step": step, **entry, "epoch": batches.epochs(step)}
             evaluation = comparable = None
@@ -213,7 +218,10 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for row in range(0, self.rows, micro):
             ids, targets = batches.batch(step, first=row, count=micro)
-            self.model.set_dropout(dropout_seed(self.config.seed, step), row)
+            seed = dropout_seed(self.config.seed, step)
+            self.model.set_dropout(seed, row)
+            if self.config.dropout_masks == "kernel":
+                torch.manual_seed(seed + row)  # a step's masks depend on nothing before it
             with runtime.casting(self.device, self.autocast):
                 loss = forward(
                     torch.from_numpy(ids).to(self.device), torch.from_numpy(targets).to(self.device)

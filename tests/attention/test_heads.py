@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashgpt.attention import kernels
+from flashgpt.attention.dropout import Dropout
 from flashgpt.attention.heads import MultiHeadAttention
 
 
@@ -64,8 +65,10 @@ def test_the_switch_moves_on_a_built_module() -> None:
     after = module(x)
     module.set_attention(kernel="blocked")
     assert module.use_flash
+    module.set_attention(deterministic=True)
+    assert module.kernel == "blocked"  # what is left out stays
     pinned = module(x)
-    module.set_attention()
+    module.set_attention(kernel=None)
     assert module.kernel is None
     names = [line.split()[0] for line in kernels.receipt()]
     assert names == ["standard", "sdpa:cpu", "blocked"]
@@ -85,11 +88,35 @@ def test_standard_uses_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.allclose(module(x), before)
 
 
-def test_a_named_kernel_that_contradicts_the_switch_is_refused() -> None:
+def test_a_pin_that_cannot_be_is_refused_at_once_and_changes_nothing() -> None:
     module = make()
-    module.set_attention(use_flash=False, kernel="blocked")
     with pytest.raises(ValueError, match="kernel must be 'standard' with use_flash=False"):
-        module(torch.randn(1, 4, 10, dtype=torch.float64))
+        module.set_attention(use_flash=False, kernel="blocked")
+    with pytest.raises(ValueError, match=r"kernel must be one of standard, .*, got 'fa5'"):
+        module.set_attention(kernel="fa5", deterministic=True)
+    assert module.use_flash and module.kernel is None and not module.deterministic
+
+
+@pytest.mark.parametrize("use_flash", [True, False])
+def test_own_masks_are_pytorchs_and_follow_its_generator(use_flash: bool) -> None:
+    module = make(use_flash, dropout=0.5).train()
+    module.set_attention(own_masks=True)
+    x = torch.randn(2, 16, 10, dtype=torch.float64)
+    seed = torch.zeros((), dtype=torch.int64)
+    kernels.clear_receipt()
+
+    def call(seed_of_torch: int) -> Tensor:
+        torch.manual_seed(seed_of_torch)
+        return module(x, Dropout(0.5, seed, seed))
+
+    assert torch.equal(call(1), call(1))
+    assert not torch.equal(call(1), call(2))
+    (line,) = kernels.receipt()
+    assert line.startswith("standard served") and "dropout, own masks" in line
+    if use_flash:
+        assert "not sdpa:cpu: has no dropout; not blocked: drops by the shared masks only" in line
+    module.set_attention(own_masks=False)
+    assert torch.equal(call(1), call(2))
 
 
 class Growing:

@@ -189,7 +189,7 @@ def test_set_attention_moves_the_switch_of_a_built_model() -> None:
         dict(use_flash=False),
         dict(use_flash=True, kernel="blocked"),
         dict(kernel="sdpa:cpu"),
-        {},
+        dict(kernel=None),
     ):
         model.set_attention(**setting)
         if "use_flash" in setting:
@@ -198,7 +198,7 @@ def test_set_attention_moves_the_switch_of_a_built_model() -> None:
         assert len(masks) == (0 if model.cfg.use_flash else 2)
         outputs.append(model(ids))
     served = [line.split()[0] + ("!" if "asked" in line else "") for line in kernels.receipt()]
-    assert served == ["sdpa:cpu", "standard!", "blocked!"]  # the pinned line replaced the chosen
+    assert served == ["sdpa:cpu", "standard!", "blocked!", "sdpa:cpu!"]
     for found in outputs[1:]:
         torch.testing.assert_close(found, outputs[0], rtol=0, atol=1e-13)
     model.set_attention(kernel="sdpa:flash")

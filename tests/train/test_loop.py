@@ -6,6 +6,7 @@ pytest tests/train/test_loop.py
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -52,11 +53,12 @@ def data(run: RunConfig) -> TokenData:
     return TokenData.open(prepare(run.data))
 
 
+@pytest.mark.parametrize("masks", ["shared", "kernel"])
 @pytest.mark.parametrize("use_flash", [True, False])
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
-    tmp_path: Path, train: Callable[..., Any], cli: Cli, use_flash: bool
+    tmp_path: Path, train: Callable[..., Any], cli: Cli, use_flash: bool, masks: str
 ) -> None:
-    switch = ("--model.use-flash", use_flash)
+    switch = ("--model.use-flash", use_flash, "--train.dropout-masks", masks)
     whole = train(tmp_path / "whole", *switch)
     halves = train(tmp_path / "halves", *switch, "--train.stop-at", 6)
     assert len(halves.metrics) == 6
@@ -71,6 +73,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
     assert halves.metrics[-1] == whole.metrics[-1]  # evaluations too
     without = train(tmp_path / "without", *switch, "--model.drop-rate", 0)
     assert not without.same_as(whole)  # so dropout was on
+    receipt = json.loads((whole.folder / "state.json").read_text())["receipt"]
+    lines = [line for line in receipt if ", dropout" in line]
+    assert lines and all((", own masks" in line) == (masks == "kernel") for line in lines)
+    assert all(f"attention: {line}" in shown for line in lines)
 
 
 @pytest.mark.parametrize("lost", ["weights", "moments", "masks", "batches"])
