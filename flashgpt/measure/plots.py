@@ -1,10 +1,18 @@
-"""Pictures of a run. Loads matplotlib only when one is drawn."""
+"""Pictures of a run and of a benchmark. Loads matplotlib only when one is drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STANDARD_COLOUR = "#555555"
+COLOURS = ("#c4501b", "#1f5a93", "#2f8f5b", "#8a4fa3", "#c9a227", "#3aa6b9", "#d4679a", "#7a5230")
+MARKERS = "osD^vPX*"
 
 
 def draw_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -43,6 +51,95 @@ def draw_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("optimizer step")
     bottom.grid(alpha=0.3)
+    _write(figure, path)
+
+
+def draw_attention(rows: Sequence[dict[str, Any]], folder: Path, title: str) -> None:
+    """Speed and peak memory of attention kernels against the length, dropout off and on.
+
+    Args:
+        rows: the rows of attention.json (`flashgpt.measure.bench_attention.Timing` as objects).
+        folder: gets speed.png and memory.png; each appears complete or not at all.
+    """
+    fastest = max(_passed(row)["flop_per_second"] for row in rows)
+    unit, scale = ("TFLOP/s", 1e12) if fastest >= 1e12 else ("GFLOP/s", 1e9)
+    speed = _against_length(rows, lambda row: _passed(row)["flop_per_second"] / scale)
+    for axes in speed.axes:
+        axes.set_ylim(bottom=0)
+    speed.axes[0].set_ylabel(f"speed ({unit})")
+    speed.suptitle(f"causal attention, forward + backward\n{title}", fontsize=11)
+    _write(speed, folder / "speed.png")
+    memory = _against_length(rows, lambda row: row["peak_bytes"] / 2**20)
+    for axes in memory.axes:
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    memory.axes[0].set_ylabel("peak memory beside q, k, v (MiB)")
+    memory.suptitle(f"causal attention, forward + backward\n{title}", fontsize=11)
+    _write(memory, folder / "memory.png")
+
+
+def _passed(row: dict[str, Any]) -> dict[str, Any]:
+    """Forward and backward, or forward where there is no backward."""
+    found: dict[str, Any] = row["forward_backward"] or row["forward"]
+    return found
+
+
+def _against_length(
+    rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]
+) -> Figure:
+    """Two panels, dropout off and on, with one line per kernel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    lengths = sorted({row["length"] for row in rows})
+    lines: dict[str, Any] = {}
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, dropout in zip(panels, (False, True), strict=True):
+        _panel(axes, [row for row in rows if row["dropout"] == dropout], value, lines, rows)
+        axes.set_title(f"dropout {'on' if dropout else 'off'}", fontsize=10)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.minorticks_off()
+        axes.set_xlabel("sequence length T (tokens)")
+        axes.grid(alpha=0.3)
+    figure.legend(
+        list(lines.values()), list(lines), loc="outside lower center", ncols=6, frameon=False
+    )
+    return figure
+
+
+def _panel(
+    axes: Axes,
+    rows: Sequence[dict[str, Any]],
+    value: Callable[[dict[str, Any]], float],
+    lines: dict[str, Any],
+    every: Sequence[dict[str, Any]],
+) -> None:
+    """Draws one line per kernel; `lines` gets those of names that are new."""
+    names = [name for name in dict.fromkeys(row["kernel"] for row in every) if name != "standard"]
+    for name in dict.fromkeys(row["kernel"] for row in rows):
+        mine = [row for row in rows if row["kernel"] == name]
+        i = -1 if name == "standard" else names.index(name)
+        label = name if all(row["forward_backward"] for row in mine) else f"{name} (forward only)"
+        (line,) = axes.plot(
+            [row["length"] for row in mine],
+            [value(row) for row in mine],
+            color=STANDARD_COLOUR if i < 0 else COLOURS[i % len(COLOURS)],
+            marker=MARKERS[(i + 1) % len(MARKERS)],
+            linestyle="--" if i < 0 else "-",
+            # Ever thinner, so that a line on top of another one does not hide it.
+            markersize=max(4.0, 8.0 - 0.6 * (i + 1)),
+            linewidth=max(1.0, 2.8 - 0.3 * (i + 1)),
+        )
+        lines.setdefault(label, line)
+    if not rows:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="#888888")
+
+
+def _write(figure: Figure, path: Path) -> None:
+    """A PNG that appears complete or not at all."""
     temporary = path.with_name(f".{path.name}.tmp.png")
     figure.savefig(temporary)
     temporary.replace(path)

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 def _machine() -> list[str]:
     import torch
 
-    from flashgpt.attention.kernels import KERNELS, refusal
+    from flashgpt.attention.kernels import KERNELS, choose, refusal
     from flashgpt.attention.request import Request
     from flashgpt.train.record import versions
     from flashgpt.train.runtime import device
@@ -57,6 +57,8 @@ def _machine() -> list[str]:
         for name in KERNELS:
             reason = refusal(name, request)
             lines.append(f"  {name:15} {'runs' if reason is None else f'no: {reason}'}")
+        choice = choose(request)
+        lines.append(f"  chosen: {choice.kernel} ({choice.order or 'built-in order'})")
     return lines
 
 

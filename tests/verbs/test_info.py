@@ -24,6 +24,8 @@ def test_the_machine(cli: Cli) -> None:
         assert len(shown) == 2  # without and with dropout
         assert all(answer == "runs" or answer.startswith("no: ") for answer in shown), shown
     if not torch.cuda.is_available():
+        chosen = [line.strip() for line in lines if "chosen: " in line]
+        assert chosen == [f"chosen: {name} (built-in order)" for name in ("sdpa:cpu", "blocked")]
         assert "GPU: none that torch can use" in lines
         assert any("sdpa:flash" in line and "no: " in line for line in lines)
 
