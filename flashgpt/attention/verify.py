@@ -1,5 +1,7 @@
 """Attention kernels against float64: how far each one errs, next to standard attention.
 
+Owns the rule, the calls that are judged and the judging; properties.py checks what is exact.
+
 The rule, written before it was measured: against standard attention in float64 on the same inputs
 and the same dropout mask, a kernel's error in out, lse, dq, dk and dv is at most
 
@@ -14,31 +16,41 @@ zero because equal terms cancel. Errors are pooled over at least 8 seeds and 4,0
 masks must be equal bit for bit, and no output may depend on a later token. The factor 2 is that of
 the tests of github.com/Dao-AILab/flash-attention.
 
+One excess is known and named instead of refused, because a request does not show it: PyTorch's
+half-precision kernels round the score gradients and `out` before they use them, and where keys have
+a large part in common dq is a small difference of large terms. See KNOWN_EXCESS.
+
 Legend: B batch, T query positions, S key positions, N heads, H head dim.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from flashgpt.attention.attend import Attended, attend
-from flashgpt.attention.dropout import Dropout, attention_keep
+from flashgpt.attention.dropout import Dropout
 from flashgpt.attention.kernels import KERNELS, refusal
 from flashgpt.attention.request import Request, bucket, shape_of
 
+DOCUMENT = 37  # tokens
 MAX_FACTOR, RMS_FACTOR = 2.0, 1.25
 MIN_SEEDS, MIN_ELEMENTS = 8, 4096
 TENSORS = ("out", "lse", "dq", "dk", "dv")
 
 
+# Limits of it, as shares of the budget; 1.91 was seen (dq, bf16, H100, torch 2.11).
+KNOWN_EXCESS = {("sdpa:flash", "dq"): 2.0, ("sdpa:efficient", "dq"): 2.0}
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One kind of call. `documents` packs documents of 37 tokens."""
+    """One kind of call. `documents` packs documents of 37 tokens; `values` names one of VALUES."""
 
     batch: int
     heads: int
@@ -48,10 +60,12 @@ class Case:
     p: float = 0.0
     documents: bool = False
     dtype: torch.dtype = torch.float32
+    values: str = "normal"
 
     def __str__(self) -> str:
         text = f"T {self.queries}" + (f" S {self.keys}" if self.keys != self.queries else "")
         text += f" H {self.head_dim} dropout {self.p:g}" + (" documents" if self.documents else "")
+        text += "" if self.values == "normal" else f" {self.values}"
         return text + " " + str(self.dtype).removeprefix("torch.")
 
     def request(self, device: torch.device) -> Request:
@@ -120,25 +134,38 @@ class Verdict:
     standard_max_error: float
     max_used: float
     rms_used: float
+    hard_half: bool = False
+
+    @property
+    def used(self) -> float:
+        """The larger share."""
+        return max(self.max_used, self.rms_used)
 
     @property
     def passed(self) -> bool:
         """Within the rule."""
         return self.max_used <= 1 and self.rms_used <= 1
 
+    @property
+    def known(self) -> bool:
+        """Over the rule, but no further than KNOWN_EXCESS says of hard values in half precision."""
+        limit = KNOWN_EXCESS.get((self.kernel, self.tensor), 0.0)
+        return not self.passed and self.hard_half and self.used <= limit
 
-def judge(kernel: str, case: str, tensor: str, error: Error, standard: Error) -> Verdict:
-    """Applies the rule."""
+
+def judge(kernel: str, case: Case | str, tensor: str, error: Error, standard: Error) -> Verdict:
+    """Applies the rule; a `case` that is no Case is only named."""
     max_budget = MAX_FACTOR * standard.max + standard.floor_max
     rms_budget = RMS_FACTOR * standard.rms + standard.floor_rms
     return Verdict(
         kernel,
-        case,
+        str(case),
         tensor,
         error.max,
         standard.max,
         _share(error.max, max_budget),
         _share(error.rms, rms_budget),
+        isinstance(case, Case) and case.values != "normal" and case.dtype.itemsize == 2,
     )
 
 
@@ -149,7 +176,7 @@ def _share(error: float, budget: float) -> float:
 
 
 def quick_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
-    """The grid of a quick audit: odd sizes, chunks, decoding, dropout, documents."""
+    """The grid of a quick audit: odd sizes, chunks, decoding, dropout, documents, hard values."""
     cases = []
     for p in (0.0, 0.1):
         cases += [Case(64, 8, t, t, 16, p) for t in (1, 5)]
@@ -157,7 +184,57 @@ def quick_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
         cases += [Case(1, 2, t, t, 64, p) for t in (257, 1023)]
         cases += [Case(64, 8, 1, 77, 32, p), Case(8, 2, 33, 300, 32, p)]
         cases += [Case(2, 2, 200, 200, 32, p, documents=True)]
+        cases += [Case(4, 3, 65, 65, 16, p, values=values) for values in VALUES]
     return [dataclasses.replace(case, dtype=dtype) for case in cases]
+
+
+def full_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
+    """The grid of a full audit: sizes around powers of two, all head dims, T != S, documents."""
+    lengths = (2, 3, 15, 16, 17, 31, 64, 97, 127, 128, 191, 192, 193, 255, 511, 513, 704, 832, 1000)
+    pairs = ((1, 239), (3, 799), (127, 512), (113, 203), (1023, 1024), (1, 1025))
+    cases = quick_cases(dtype)
+    for p in (0.0, 0.1, 0.5):
+        more = [Case(2, 3, t, t, 64, p) for t in lengths]
+        more += [Case(2, 2, t, s, 64, p) for t, s in pairs]
+        more += [Case(2, 2, 130, 130, head_dim, p) for head_dim in (16, 32, 80, 96, 128)]
+        more += [Case(1, 2, t, t, 64, p) for t in (1024, 1025, 2049)]
+        more += [Case(2, 2, t, s, 32, p, True) for t, s in ((65, 65), (513, 513), (50, 300))]
+        cases += [dataclasses.replace(case, dtype=dtype) for case in more]
+    return cases
+
+
+def _sharp(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for x, factor in ((q, 5), (k, 3), (v, 3)):
+        x.mul_(factor)
+
+
+def _logits(level: float, q: Tensor, k: Tensor, _: Tensor) -> None:
+    """Adds `level` to every score."""
+    q[..., 0], k[..., 0] = 1, level * q.shape[-1] ** 0.5
+
+
+def _same_keys(level: float, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Every key is the first one, every score is `level`."""
+    q.zero_()
+    k[:] = k[:, :, :1].clone()
+    _logits(level, q, k, v)
+
+
+def _one_huge_key(_: Tensor, k: Tensor, __: Tensor) -> None:
+    k[:, :, k.shape[2] // 3] *= 50
+
+
+# Scores that overflow, underflow or swamp each other where a kernel is careless.
+VALUES: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {
+    "sharp": _sharp,
+    "logits 120": functools.partial(_logits, 120.0),
+    "logits -120": functools.partial(_logits, -120.0),
+    "one huge key": _one_huge_key,
+}
+SAME_KEYS = {level: f"same keys {level:g}" for level in (1.0, 120.0, -120.0)}  # closed forms
+_CHANGES = VALUES | {
+    name: functools.partial(_same_keys, level) for level, name in SAME_KEYS.items()
+}
 
 
 def audit(cases: Iterable[Case], device: torch.device) -> Iterator[Verdict]:
@@ -168,86 +245,46 @@ def audit(cases: Iterable[Case], device: torch.device) -> Iterator[Verdict]:
         pooled = {name: {tensor: Error() for tensor in TENSORS} for name in names}
         elements = case.batch * case.heads * case.queries  # of lse, the smallest tensor
         for seed in range(max(MIN_SEEDS, math.ceil(MIN_ELEMENTS / elements))):
-            inputs = _inputs(case, seed, device)
+            inputs = inputs_of(case, seed, device)
             wide = [x.double() for x in inputs]
-            exact, terms = _run("standard", case, seed, wide), _terms(case, seed, wide)
+            exact, terms = run_case("standard", case, seed, wide), terms_of(case, seed, wide)
             for name in names:
-                for tensor, got in _run(name, case, seed, inputs).items():
+                for tensor, got in run_case(name, case, seed, inputs).items():
                     pooled[name][tensor].add(got, exact[tensor], terms[tensor])
         for name in names:
             for tensor in TENSORS:
-                yield judge(
-                    name, str(case), tensor, pooled[name][tensor], pooled["standard"][tensor]
-                )
+                yield judge(name, case, tensor, pooled[name][tensor], pooled["standard"][tensor])
 
 
-def masks_equal(case: Case, device: torch.device) -> dict[str, bool]:
-    """Per kernel: the dropout mask it applies equals the definition, bit for bit.
-
-    With q = k = 0 every visible key weighs the same, and v = identity columns make the weights
-    visible as outputs: out[i, j] > 0 exactly where weight (i, j) was kept.
-    """
-    shape = (case.batch, case.heads)
-    q = torch.zeros(*shape, case.queries, case.keys, dtype=case.dtype, device=device)
-    k = torch.zeros(*shape, case.keys, case.keys, dtype=case.dtype, device=device)
-    v = torch.eye(case.keys, dtype=case.dtype, device=device).expand_as(k)
-    dropout = _dropout(case, 0, device)
-    assert dropout is not None, "a mask needs dropout"
-    keep = attention_keep(dropout, *shape, case.queries, case.keys)
-    expected = keep.tril(case.keys - case.queries)
-    request = dataclasses.replace(case, head_dim=case.keys).request(device)
-    found = {}
-    for name, kernel in KERNELS.items():
-        if kernel.supports(request) is None:
-            out = attend(q, k, v, kernel=name, use_flash=name != "standard", dropout=dropout)
-            assert isinstance(out, Tensor)
-            found[name] = torch.equal(out > 0, expected)
-    return found
-
-
-def is_causal(kernel: str, case: Case, device: torch.device) -> bool:
-    """Whether a change of the later half of k and v leaves every earlier output bit for bit."""
-    inputs = _inputs(case, 0, device)[:3]
-    middle = case.keys // 2
-    changed = [inputs[0]] + [x.clone() for x in inputs[1:]]
-    for x in changed[1:]:
-        x[:, :, middle:] += 1
-    before, after = (_attend(kernel, case, 0, q, k, v).out_BNTH for q, k, v in (inputs, changed))
-    rows = max(0, middle - (case.keys - case.queries))
-    later_changed = not torch.equal(before[:, :, rows:], after[:, :, rows:])
-    return later_changed and torch.equal(before[:, :, :rows], after[:, :, :rows])
-
-
-def _inputs(case: Case, seed: int, device: torch.device) -> list[Tensor]:
-    """q, k, v and the upstream gradient, of unit scale."""
+def inputs_of(case: Case, seed: int, device: torch.device) -> list[Tensor]:
+    """q, k, v and the upstream gradient: of unit scale, then changed as `case.values` says."""
     generator = torch.Generator().manual_seed(seed)
     lengths = (case.queries, case.keys, case.keys, case.queries)
-    return [
-        torch.randn(case.batch, case.heads, length, case.head_dim, generator=generator)
-        .to(case.dtype)
-        .to(device)
-        for length in lengths
-    ]
+    shapes = [(case.batch, case.heads, length, case.head_dim) for length in lengths]
+    found = [torch.randn(shape, generator=generator) for shape in shapes]
+    if case.values != "normal":
+        _CHANGES[case.values](*found[:3])
+    return [x.to(case.dtype).to(device) for x in found]
 
 
-def _dropout(case: Case, seed: int, device: torch.device) -> Dropout | None:
+def dropout_of(case: Case, seed: int, device: torch.device) -> Dropout | None:
     if not case.p:
         return None
     words = torch.tensor([0x5EED << 32 | seed, 3], dtype=torch.int64, device=device)
     return Dropout(case.p, words[0], words[1], layer=1)
 
 
-def _attend(kernel: str, case: Case, seed: int, q: Tensor, k: Tensor, v: Tensor) -> Attended:
+def attend_case(kernel: str, case: Case, seed: int, q: Tensor, k: Tensor, v: Tensor) -> Attended:
     documents = None
     if case.documents:
-        documents = torch.arange(case.keys, device=q.device).expand(case.batch, -1) // 37
+        documents = torch.arange(case.keys, device=q.device).expand(case.batch, -1) // DOCUMENT
     found = attend(
         q,
         k,
         v,
         use_flash=kernel != "standard",
         kernel=kernel,
-        dropout=_dropout(case, seed, q.device),
+        dropout=dropout_of(case, seed, q.device),
         documents_BT=documents,
         return_lse=True,
         return_weights=kernel == "standard",
@@ -256,20 +293,20 @@ def _attend(kernel: str, case: Case, seed: int, q: Tensor, k: Tensor, v: Tensor)
     return found
 
 
-def _run(kernel: str, case: Case, seed: int, inputs: list[Tensor]) -> dict[str, Tensor]:
+def run_case(kernel: str, case: Case, seed: int, inputs: list[Tensor]) -> dict[str, Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in inputs[:3]]
-    found = _attend(kernel, case, seed, *leaves)
+    found = attend_case(kernel, case, seed, *leaves)
     gradients = torch.autograd.grad(found.out_BNTH, leaves, inputs[3])
     assert found.lse_BNT is not None
     return dict(zip(TENSORS, (found.out_BNTH, found.lse_BNT, *gradients), strict=True))
 
 
-def _terms(case: Case, seed: int, inputs: list[Tensor]) -> dict[str, Tensor]:
+def terms_of(case: Case, seed: int, inputs: list[Tensor]) -> dict[str, Tensor]:
     """Each result with every term that it adds up replaced by its absolute value."""
     q, k, v, dout = (x.abs() for x in inputs)
     scale = case.head_dim**-0.5
-    kept = _attend("standard", case, seed, *inputs[:3])
-    plain = _attend("standard", dataclasses.replace(case, p=0.0), seed, *inputs[:3])
+    kept = attend_case("standard", case, seed, *inputs[:3])
+    plain = attend_case("standard", dataclasses.replace(case, p=0.0), seed, *inputs[:3])
     assert kept.weights_BNTS is not None and plain.weights_BNTS is not None
     assert kept.lse_BNT is not None
     out = kept.weights_BNTS @ v

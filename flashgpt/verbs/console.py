@@ -19,11 +19,13 @@ PIPE_COLUMNS = 120
 PLAIN_SECONDS = 5.0  # a pipe gets a line this often, and the last one
 
 
-def console() -> Console:
-    """Standard output, as rich draws on it."""
-    width = None if sys.stdout.isatty() else PIPE_COLUMNS
+def console(stderr: bool = False) -> Console:
+    """Standard output, or standard error, as rich draws on it."""
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else PIPE_COLUMNS
     # Names of files are no markup, and a command to copy stays in one line.
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
+    return Console(
+        highlight=False, markup=False, emoji=False, soft_wrap=True, width=width, stderr=stderr
+    )
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

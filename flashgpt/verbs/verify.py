@@ -3,11 +3,14 @@
 Every attention kernel that runs here, and a whole model with the switch on and off, forward and
 gradients, dropout off and on, measured against float64. A value passes if its error is at most
 twice (rms: 1.25 times) that of standard attention in the same precision, plus a floor of rounding;
-"budget used" is the largest share of that. Exit status 0: everything passed.
+"budget used" is the largest share of that. Dropout masks, causality and repeats are checked bit for
+bit, memory when T doubles, and results that are known without attention. Exit status 0: everything
+passed.
 
 examples:
   flashgpt verify
   flashgpt verify --checkpoint runs/demo
+  flashgpt verify --full --json
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typing_extensions import Doc
 
-from flashgpt.verbs.parse import parse
+from flashgpt.verbs.parse import Flag, parse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +38,10 @@ class Args:
     checkpoint: Annotated[
         str | None, Doc("audit this run or GPT-2 folder; a small random model when left out")
     ] = None
+    full: Annotated[bool, Flag, Doc("every size and shape of the grid (minutes, not seconds)")] = (
+        False
+    )
+    json: Annotated[bool, Flag, Doc("print one line of JSON, with every comparison")] = False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     from flashgpt.train.checkpoint import load
     from flashgpt.verbs.console import console
 
-    out = console()
+    out = console(stderr=args.json)
     if args.checkpoint:
         model, _ = load(args.checkpoint)
     else:
@@ -56,31 +63,52 @@ def main(argv: Sequence[str]) -> int:
         model = GPTModel(preset("tiny", vocab_size=512))
     for line in orchestrator.verification():
         out.print(line)
-    passed = audit(out, model).passed
-    return 0 if passed else 1
+    found = audit(out, model, args.full)
+    if args.json:
+        print(_json(found))
+    return 0 if found.passed else 1
 
 
-def audit(out: Console, model: GPTModel) -> Audit:
+def audit(out: Console, model: GPTModel, full: bool = False) -> Audit:
     """Runs the audit with a status line; prints table and verdict."""
     from flashgpt.measure.audit import run
     from flashgpt.train.runtime import device
 
     with out.status("verifying") as status:
-        found = run(model, device("auto"), note=lambda text: status.update(f"verifying {text}"))
+        found = run(
+            model, device("auto"), lambda text: status.update(f"verifying {text}"), full=full
+        )
     show(out, found)
     return found
+
+
+def _json(found: Audit) -> str:
+    """The audit and what it ran on, in one line."""
+    import json
+
+    from flashgpt.attention.measured import device_name
+    from flashgpt.train.record import versions
+    from flashgpt.train.runtime import device
+
+    rows = [
+        {**dataclasses.asdict(row), "passed": row.passed, "known": row.known} for row in found.rows
+    ]
+    machine = {"device": device_name(device("auto").type), **versions()}
+    return json.dumps(
+        {"passed": found.passed, "machine": machine, "checks": found.checks, "rows": rows}
+    )
 
 
 def show(out: Console, found: Audit) -> None:
     """Prints one row per kernel and tensor, worst case first, and the verdict."""
     from flashgpt.verbs.console import table
 
-    worst: dict[tuple[str, str, bool], tuple[float, Verdict]] = {}
+    worst: dict[tuple[str, str, str], Verdict] = {}
     for row in found.rows:
-        key = row.kernel, row.tensor, row.case.startswith("model")
-        used = max(row.max_used, row.rms_used)
-        if key not in worst or used > worst[key][0]:
-            worst[key] = used, row
+        kind = row.case.split(",")[0] if "," in row.case else ""  # model, decoding
+        key = row.kernel, row.tensor, "same keys" if "same keys" in row.case else kind
+        if key not in worst or row.used > worst[key].used:
+            worst[key] = row
     rows = [
         (
             row.kernel,
@@ -88,24 +116,26 @@ def show(out: Console, found: Audit) -> None:
             row.case,
             f"{row.max_error:.1e}",
             f"{row.standard_max_error:.1e}",
-            f"{used:.0%}",
-            "ok" if row.passed else "FAILED",
+            f"{row.used:.0%}",
+            "ok" if row.passed else "known" if row.known else "FAILED",
         )
-        for used, row in worst.values()
+        for row in worst.values()
         if row.kernel != "standard"
     ]
     columns = ("kernel", "tensor", "worst case", "error", "standard's", "budget used", "")
     out.print(table("errors against float64", columns, rows))
-    checks = {
-        "dropout masks equal bit for bit": found.masks,
-        "no output depends on a later token": found.causal,
-        "greedy tokens equal, switch on and off, cache on and off": {"model": found.greedy_equal},
-    }
-    for what, results in checks.items():
+    for what, results in found.checks.items():
         names = ", ".join(f"{name} {'ok' if ok else 'FAILED'}" for name, ok in results.items())
         out.print(f"{what}: {names}")
+    known = sum(row.known for row in found.rows)
+    if known:
+        out.print(
+            f"known: {known} comparisons of PyTorch's half-precision kernels exceed the rule on "
+            "hard values (docs/attention.md)"
+        )
     if found.passed:
-        out.print(f"verdict: identical within the rule ({len(found.rows)} comparisons)")
+        count = len(found.rows) - known
+        out.print(f"verdict: identical within the rule ({count} comparisons)")
     else:
-        bad = sum(not row.passed for row in found.rows)
+        bad = sum(not (row.passed or row.known) for row in found.rows)
         out.print(f"verdict: FAILED ({bad} of {len(found.rows)} comparisons over budget)")

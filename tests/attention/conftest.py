@@ -6,6 +6,7 @@ Neither calls flashgpt: they are written from the definition, one query at a tim
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashgpt.attention import blocked
+from flashgpt.attention import blocked, standard
 from flashgpt.attention.dropout import Dropout
+from flashgpt.attention.kernels import KERNELS, Kernel
 
 Float = NDArray[np.float64]
 Bool = NDArray[np.bool_]
@@ -201,6 +203,83 @@ class Recorder(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self.largest = max(self.largest, x.numel())
         return found
+
+
+Attention = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _mutant(change: str) -> Attention:
+    """Standard attention with one fault; `none` has none."""
+
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        dropout: Dropout | None,
+        documents_BS: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        mask = standard.causal_mask(q.shape[2], k.shape[2], q.device)
+        if change == "no scale":
+            q = q * q.shape[-1] ** 0.5
+        elif change == "scale a little low":
+            q = q * (1 - 2**-16)
+        elif change == "sees the next token":
+            mask = torch.ones_like(mask).tril(k.shape[2] - q.shape[2] + 1)
+        elif change == "misses itself":
+            mask = torch.ones_like(mask).tril(k.shape[2] - q.shape[2] - 1)
+            mask[:, 0] = True
+        elif change == "mask transposed":
+            mask = torch.ones_like(mask).triu(k.shape[2] - q.shape[2])
+        elif change == "top-left":
+            mask = torch.ones_like(mask).tril()
+        elif change == "no mask":
+            mask = torch.ones_like(mask)
+        elif change == "no dropout":
+            dropout = None
+        elif dropout is not None and change == "dropout of the next row":
+            dropout = dataclasses.replace(dropout, first_row=dropout.first_row + 1)
+        elif dropout is not None and change == "dropout of another layer":
+            dropout = dropout.at(dropout.layer + 1)
+        elif dropout is not None and change == "dropout of the top-left":
+            rows = standard.attention_keep(dropout, *q.shape[:3], q.shape[2])
+            pad = torch.ones(*rows.shape[:3], k.shape[2] - q.shape[2], dtype=torch.bool)
+            keep = torch.cat((rows, pad), -1)
+            _, lse, weights = standard.attention(q, k, v, dropout=None, documents_BS=documents_BS)
+            weights = torch.where(keep, weights * dropout.scale, 0)
+            return weights @ v, lse
+        elif dropout is not None and change == "dropout not rescaled":
+            v = v / dropout.scale
+        elif documents_BS is not None and change == "documents end late":
+            documents_BS = documents_BS.roll(1, dims=1)
+        elif change == "no documents":
+            documents_BS = None
+        out, lse, _ = standard.attention(
+            q, k, v, dropout=dropout, documents_BS=documents_BS, mask_TS=mask
+        )
+        if change == "lse in base 2":
+            lse = lse / math.log(2)
+        elif change == "lse a little low":
+            lse = lse - 1e-3
+        elif change == "dv twice":
+            out = out + (v - v.detach()).sum()
+        return out, lse
+
+    return attention
+
+
+def serves_all(request: Any) -> None:
+    """A `supports` that refuses nothing."""
+
+
+@pytest.fixture
+def mutant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """mutant(change) puts standard attention with that fault into the table, as "mutant"."""
+
+    def put(change: str) -> None:
+        monkeypatch.setitem(KERNELS, "mutant", Kernel("mutant", serves_all, _mutant(change)))
+
+    return put
 
 
 @pytest.fixture(scope="session")

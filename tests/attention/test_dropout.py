@@ -199,6 +199,13 @@ def z_scores(dropout: Dropout, length: int = 512, heads: int = 4) -> dict[str, f
         "heads": z(d[0] * d[1]),
         "triples": z(d[0, :, :-2] * d[0, :, 1:-1] * d[0, :, 2:]),
     }
+    generator = torch.Generator().manual_seed(0)
+    a, b, i, j, k = torch.randint(length, (5, 500_000), generator=generator)
+    apart = (a != b) & (i != j) & (j != k) & (i != k)
+    a, b, i, j, k = (x[apart] for x in (a, b, i, j, k))
+    found["any three of a row"] = z(d[0, a, i] * d[0, a, j] * d[0, a, k])
+    found["any three of a column"] = z(d[0, i, a] * d[0, j, a] * d[0, k, a])
+    found["four corners"] = z(d[0, a, i] * d[0, a, j] * d[0, b, i] * d[0, b, j])
     for lag in (1, 2, 4, 8, 16, 32, 64, 128):
         found[f"lag {lag} along a row"] = z(d[0, :, :-lag] * d[0, :, lag:])
         found[f"lag {lag} along a column"] = z(d[0, :-lag] * d[0, lag:])
@@ -212,7 +219,7 @@ def z_scores(dropout: Dropout, length: int = 512, heads: int = 4) -> dict[str, f
     return found
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("p", [0.0625, 0.1, 0.5])
 @pytest.mark.parametrize("seed", [0, 1, -12345])
 def test_masks_look_like_independent_coins(p: float, seed: int) -> None:
     scores = z_scores(make(p, seed))

@@ -48,19 +48,21 @@ def test_a_right_model_passes_and_stays_as_it_was(model: GPTModel) -> None:
     notes: list[str] = []
     found = audit.run(model, CPU, notes.append, CASES)
     assert found.passed
-    assert found.masks == {"standard": True, "blocked": True}
-    assert found.causal == {"standard": True, "blocked": True, "sdpa:cpu": True}
-    assert found.greedy_equal
-    whole = [row for row in found.rows if row.kernel == "use_flash=True"]
-    assert [row.tensor for row in whole] == ["logits", "loss", "gradients"] * 2
-    assert {row.case.split("dropout ")[1] for row in whole} == {"0 float32", "0.1 float32"}
-    assert {row.kernel for row in found.rows} == {
-        "standard",
-        "blocked",
-        "sdpa:cpu",
-        "use_flash=True",
+    every = {"standard": True, "blocked": True, "sdpa:cpu": True}
+    assert found.checks == {
+        audit.MASKS: {"standard": True, "blocked": True},
+        audit.CAUSAL: every,
+        audit.REPEATED: every,
+        audit.LINEAR: {"blocked": True, "sdpa:cpu": True},
+        audit.GREEDY: {"model": True},
     }
-    assert len(notes) == len(CASES) + 4
+    whole = [row for row in found.rows if row.kernel == "use_flash=True"]
+    assert [row.tensor for row in whole] == ["logits", "loss", "gradients"] * 2 + ["logits"]
+    assert [row.case.split(", ")[-1] for row in whole] == (
+        ["dropout 0 float32"] * 3 + ["dropout 0.1 float32"] * 3 + ["2 layers float32"]
+    )
+    assert {row.kernel for row in found.rows} == {*every, "definition", "use_flash=True"}
+    assert len(notes) == len(CASES) + 5
     assert (model.training, model.cfg) == (False, cfg)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
@@ -143,24 +145,22 @@ def test_a_broken_dropout_path_fails_in_the_whole_model(
     assert [row.passed for row in audit.audit_model(model, 0.1, CPU)] == [False] * 3
     found = audit.run(model, CPU, cases=[])
     assert not found.passed
-    assert found.masks["blocked"] == (change in (no_scale, keys_one_late))
+    assert found.checks[audit.MASKS]["blocked"] == (change in (no_scale, keys_one_late))
 
 
 def test_every_part_decides(model: GPTModel) -> None:
     good = audit.run(model, CPU, cases=CASES[:1])
     assert good.passed
     bad_row = dataclasses.replace(good.rows[0], max_used=1.01)
-    for change in (
-        {"rows": [*good.rows, bad_row]},
-        {"masks": {**good.masks, "blocked": False}},
-        {"causal": {**good.causal, "standard": False}},
-        {"greedy_equal": False},
-    ):
-        assert not dataclasses.replace(good, **change).passed
+    assert not dataclasses.replace(good, rows=[*good.rows, bad_row]).passed
+    for what, results in good.checks.items():
+        for name in results:
+            checks = {**good.checks, what: {**results, name: False}}
+            assert not dataclasses.replace(good, checks=checks).passed
 
 
 @pytest.mark.parametrize("fault", ["no scale", "stale cache row", "none"])
-def test_greedy_tokens_tell_faults_apart(
+def test_decoding_and_greedy_tokens_tell_faults_apart(
     fault: str, model: GPTModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fault == "no scale":
@@ -170,15 +170,36 @@ def test_greedy_tokens_tell_faults_apart(
 
         def stale(self: LayerKV, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             keys, values = extend(self, k, v)
-            if k.shape[2] == 1:
+            if k.shape[2] == 1 and keys.shape[2] > 1:
                 keys = keys.clone()
                 keys[:, :, -1] = keys[:, :, -2]
             return keys, values
 
         monkeypatch.setattr(LayerKV, "extend", stale)
     assert audit.greedy_equal(model, CPU) == (fault == "none")
+    (decoded,) = audit.audit_decoding(model, CPU)
+    assert decoded.passed == (fault == "none")
 
 
 def test_a_tiny_context_can_be_audited() -> None:
     model = GPTModel({**CFG, "context_length": 2})
     assert audit.run(model, CPU, cases=[]).passed
+
+
+def test_memory_that_grows_with_the_square_is_seen() -> None:
+    case = Case(1, 2, 256, 256, 16)
+    assert audit._growth("standard", case, CPU) > audit.GROWTH
+    assert audit._growth("sdpa:cpu", case, CPU) < audit.GROWTH
+
+
+def test_a_full_audit_takes_the_full_grid(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(audit.verify, "full_cases", lambda dtype: CASES[:1])
+    monkeypatch.setattr(audit.verify, "quick_cases", lambda dtype: [])
+    monkeypatch.setattr(
+        audit.properties, "repeats", lambda name, case, device, times: bool(seen.append(times) or 1)
+    )
+    for full in (False, True):
+        rows = audit.run(model, CPU, full=full).rows
+        assert any(row.case == str(CASES[0]) for row in rows) == full
+    assert set(seen) == {audit.REPEATS, audit.FULL_REPEATS}
