@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from flashgpt.attention import kernels, measured, verify
 from flashgpt.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +22,11 @@ SMALL = "--model.context-length 32 --model.emb-dim 32 --train.tokens-per-step 12
 SHORTER = {
     "demo": "--seconds 1 --out runs/demo",
     "train": f"{SMALL} --train.steps 4",
+    "bench": "--lengths 8 --tokens 64 --heads 2 --head-dim 16 --rounds 3",
+}
+VERBS = {
+    "README.md": {"demo", "generate", "evaluate", "verify", "info", "prepare", "train", "bench"},
+    "attention.md": {"bench", "verify"},
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -36,20 +46,42 @@ def text_files(folder: Path) -> None:
     (folder / "notes" / "one.md").write_text("\n".join(reversed(lines)))
 
 
-def test_every_command_of_the_readme_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def own_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `bench attention --save` writes stays in this test."""
+    monkeypatch.setenv("FLASHGPT_CACHE", str(tmp_path / "cache"))
+    yield
+    measured._here.cache_clear()
+    kernels.choose.cache_clear()
+
+
+@pytest.mark.usefixtures("own_measurements")
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name in VERBS], ids=lambda page: page.name
+)
+def test_every_command_of_a_page_works(
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    trained: Any,
 ) -> None:
+    quick = verify.quick_cases
+    for grid in ("quick_cases", "full_cases"):
+        monkeypatch.setattr(verify, grid, lambda *kind: quick(*kind)[:2])
     monkeypatch.chdir(tmp_path)
     text_files(tmp_path)
+    if page.name != "README.md":  # whose first command makes it
+        shutil.copytree(trained.folder, "runs/demo")
     seen = set()
-    for command in commands(ROOT / "README.md"):
+    for command in commands(page):
         program, *argv = shlex.split(command)
         if program == "flashgpt":
             resumes = "--resume" in argv
             argv += [] if resumes else shlex.split(SHORTER.get(argv[0], ""))
             assert main(argv) == 0, f"{command}: {capsys.readouterr().err}"
             seen.add(argv[0])
-    assert seen == {"demo", "generate", "evaluate", "verify", "info", "prepare", "train"}
+    assert seen == VERBS[page.name]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -62,15 +94,17 @@ def test_commands_are_of_a_known_kind(page: Path) -> None:
             assert argv[0] in targets, command
 
 
-def test_the_code_of_the_readme_runs() -> None:
-    blocks = [
-        body for kind, body in FENCE.findall((ROOT / "README.md").read_text()) if kind == "python"
-    ]
+@pytest.mark.parametrize(("page", "name"), [("README.md", "model"), ("docs/attention.md", "same")])
+def test_the_code_of_a_page_runs(page: str, name: str) -> None:
+    blocks = [body for kind, body in FENCE.findall((ROOT / page).read_text()) if kind == "python"]
     assert blocks
     for block in blocks:
-        scope: dict[str, object] = {}
-        exec(compile(block, "README.md", "exec"), scope)
-        assert scope["model"].cfg.use_flash is False  # type: ignore[attr-defined]
+        scope: dict[str, Any] = {}
+        exec(compile(block, page, "exec"), scope)
+        if name == "model":
+            assert scope["model"].cfg.use_flash is False
+        else:
+            torch.testing.assert_close(scope["out"], scope["same"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

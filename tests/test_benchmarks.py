@@ -1,0 +1,126 @@
+"""The loss curves' script: what it writes, and that it sees a broken path.
+
+pytest tests/test_benchmarks.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from benchmarks import curves
+from flashgpt.attention import kernels
+from flashgpt.attention.dropout import Dropout
+from flashgpt.model.gpt2 import GPTModel
+
+STEPS = 4
+TINY = f"--steps {STEPS} --layers 1 --emb-dim 64 --context-length 32 --out".split()
+stdlib = functools.cache(curves._stdlib)
+
+
+@pytest.fixture(autouse=True)
+def text_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "_stdlib", stdlib)
+
+
+def losses_of(folder: Path) -> list[dict[str, list[float]]]:
+    """The losses of each learning rate."""
+    return [c["losses"] for c in json.loads((folder / "curves.json").read_text())["curves"]]
+
+
+def first_steps_agree(losses: dict[str, list[float]]) -> bool:
+    return all(abs(losses[run][0] - losses["standard"][0]) <= 1e-5 for run in curves.RUNS)
+
+
+def test_both_settings_give_one_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "made" / "here"
+    assert curves.main([*TINY, str(out)]) == 0
+
+    record = json.loads((out / "curves.json").read_text())
+    assert [curve["lr"] for curve in record["curves"]] == [6e-4, 3e-3]
+    assert {"torch", "cpu", "threads", "date"} <= record["environment"].keys()
+    for curve, losses in zip(record["curves"], losses_of(out), strict=True):
+        assert set(losses) == {"flash", "standard", "control"}
+        assert curve["kernels"]["standard"] == curve["kernels"]["control"] == ["standard"]
+        assert "standard" not in curve["kernels"]["flash"] and curve["kernels"]["flash"]
+        assert first_steps_agree(losses)
+        for values in losses.values():
+            assert len(values) == STEPS and all(map(math.isfinite, values))
+            assert len(set(values)) == STEPS and values[-1] < values[0]
+        # The control is another computation, not standard once more.
+        assert losses["control"] != losses["standard"]
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["claims_hold"] is record["claims_hold"] is True
+    assert [curve["holds"] for curve in summary["curves"]] == [True, True]
+
+    picture = (out / "curves.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and picture[-8:-4] == b"IEND"
+    assert struct.unpack(">II", picture[16:24]) == (1210, 770)
+    assert sorted(path.name for path in out.iterdir()) == ["curves.json", "curves.png"]
+
+
+@pytest.fixture
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of the time of a tiny run."""
+    monkeypatch.setattr(curves, "draw", lambda record, path: None)
+
+
+Attention = Callable[..., tuple[Any, ...]]
+
+
+def no_scale(attention: Attention, q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> Any:
+    return attention(q * q.shape[-1] ** 0.5, k, v, **rest)
+
+
+def other_mask(
+    attention: Attention, q: Tensor, k: Tensor, v: Tensor, *, dropout: Dropout, **rest: Any
+) -> Any:
+    dropout = dataclasses.replace(dropout, seed=dropout.seed + 1)
+    return attention(q, k, v, dropout=dropout, **rest)
+
+
+@pytest.mark.usefixtures("no_picture")
+@pytest.mark.parametrize("mutation", [no_scale, other_mask], ids=lambda m: m.__name__)
+def test_a_broken_flash_path_is_reported(
+    mutation: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, kernel in kernels.KERNELS.items():
+        if name != "standard":
+            broken = functools.partial(mutation, kernel.attention)
+            monkeypatch.setitem(
+                kernels.KERNELS, name, dataclasses.replace(kernel, attention=broken)
+            )
+    assert curves.main([*TINY, str(tmp_path)]) == 1
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["claims_hold"] is False
+    assert [curve["holds"] for curve in summary["curves"]] == [False, False]
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_a_control_with_the_masks_of_other_rows_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_dropout = GPTModel.set_dropout
+    monkeypatch.setattr(
+        GPTModel, "set_dropout", lambda self, seed, first_row=0: set_dropout(self, seed)
+    )
+    assert curves.main([*TINY, str(tmp_path)]) == 1
+    assert not any(map(first_steps_agree, losses_of(tmp_path)))
+
+
+def test_losses_that_are_not_finite_fail() -> None:
+    for run in curves.RUNS:
+        losses = {name: [5.0, 4.0] for name in curves.RUNS} | {run: [5.0, math.nan]}
+        assert not any(curves._judge(lr, losses)["holds"] for lr in (curves.CALM, curves.STEEP))
