@@ -223,6 +223,9 @@ class TrainConfig:
         int | None, Doc("validation tokens of the evaluation at the end; all when left out")
     ] = None
     checkpoint_every: Annotated[int, Doc("steps between checkpoints; 0 = only at the end")] = 200
+    keep_checkpoints: Annotated[
+        int, Doc("newest checkpoints that stay, besides the best one; 0 = all")
+    ] = 3
     log_every: Annotated[int, Doc("steps between log lines")] = 1
     seed: Annotated[int, Doc("seed of weights, data order and dropout")] = 1337
     precision: Annotated[
@@ -241,7 +244,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self, "train")
         at_least = dict(steps=1, tokens_per_step=1, log_every=1, eval_tokens=1)
-        at_least |= dict(eval_every=0, checkpoint_every=0, seed=0)
+        at_least |= dict(eval_every=0, checkpoint_every=0, keep_checkpoints=0, seed=0)
         at_least |= dict(stop_at=1, micro_batch=1, warmup_steps=0, final_eval_tokens=1)
         for name, least in at_least.items():
             value = getattr(self, name)

@@ -128,6 +128,18 @@ def remove_temporaries(run: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_old(run: Path, keep: int, best: str | None) -> None:
+    """Removes all but the `keep` newest checkpoints and the one named `best`; 0 keeps all.
+
+    Each is renamed first: what a kill leaves half removed has a temporary's name.
+    """
+    for path in steps(run)[keep:] if keep else []:
+        if path.name != best:
+            doomed = path.with_name(TEMPORARY + "old-" + path.name)
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
 def check(path: Path) -> Checkpoint:
     """Reads the state of a checkpoint after checking every digest.
 

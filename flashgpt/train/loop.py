@@ -33,6 +33,13 @@ from flashgpt.train.record import Record
 from flashgpt.train.schedule import learning_rate
 
 DROPOUT_STREAM = 0xD0
+# What a resumed run may not change: these make the batches, the masks and the optimizer's state.
+FIXED = ("seed", "tokens_per_step", "optimizer")
+# What it may change without a word: it takes part in no step.
+FREE = (
+    *("stop_at", "log_every", "eval_every", "eval_tokens", "final_eval_tokens"),
+    *("checkpoint_every", "keep_checkpoints"),
+)
 
 
 class TrainingError(RuntimeError):
@@ -157,8 +164,11 @@ class Trainer:
                     f"{found.path} was trained on other text or with another tokenizer than "
                     f"{data.folder}; restore the text, or start anew with another --out"
                 )
+            changes = _changes(found, self.config)
             checkpoint.load_into(found, self.model, self.optimizer)
             listener.note(f"goes on from {found.path}")
+            for change in changes:
+                listener.note(change)
             return found.step
         listener.note(f"no good checkpoint in {out}: starts at step 0")
         return 0
@@ -268,9 +278,11 @@ class Trainer:
             "seed": self.config.seed,
             "data": data.fingerprint,
             "receipt": receipt,
+            "train": dataclasses.asdict(self.config),
         }
         path = checkpoint.save(record.folder, self.model, self.optimizer, self.tokenizer, state)
         record.saved(path, None if evaluation is None else evaluation.loss, receipt)
+        checkpoint.remove_old(record.folder, self.config.keep_checkpoints, record.state["best"])
         return path
 
 
@@ -284,6 +296,26 @@ def check_start(config: TrainConfig, out: Path, resume: bool) -> None:
     runtime.autocast_dtype(config.precision, runtime.device(config.device))
     if not resume and checkpoint.steps(out):
         raise ValueError(f"{out} holds checkpoints; go on with --resume, or choose another --out")
+
+
+def _changes(found: checkpoint.Checkpoint, config: TrainConfig) -> list[str]:
+    """One line per setting that a resumed run changes for its steps to come.
+
+    Raises:
+        ValueError: a setting of FIXED differs; it is named.
+    """
+    changes = []
+    now = dataclasses.asdict(config)
+    for name, before in found.state.get("train", {}).items():  # older checkpoints hold none
+        if name in FREE or name not in now or now[name] == before:
+            continue
+        if name in FIXED:
+            raise ValueError(
+                f"train.{name} must be {before} as in {found.path}, got {now[name]}; "
+                "choose another --out to start anew"
+            )
+        changes.append(f"train.{name} is {now[name]} from here on, was {before}")
+    return changes
 
 
 def dropout_seed(seed: int, step: int) -> int:

@@ -121,6 +121,67 @@ def test_more_steps_go_on_from_the_last(copied: Any, cli: Cli) -> None:
     assert copied.checkpoints[-1].name == "step_00000014"
 
 
+@pytest.mark.parametrize(("name", "value"), [("seed", 7), ("tokens-per-step", 384)])
+def test_what_makes_batches_and_masks_does_not_change_on_resume(
+    name: str, value: int, copied: Any, cli: Cli
+) -> None:
+    """The optimizer is fixed as well; there is only one to choose so far."""
+    command = ("train", "--resume", "--out", copied.folder, "--train.steps", 14)
+    refused = cli(*command, f"--train.{name}", value).error(1)
+    assert f"train.{name.replace('-', '_')} must be " in refused and f"got {value}" in refused
+    assert len(copied.metrics) == 12
+
+
+def test_other_changes_on_resume_are_said(copied: Any, cli: Cli) -> None:
+    command = ("train", "--resume", "--out", copied.folder, "--train.steps", 14)
+    shown = cli(*command, "--train.lr", 0.5, "--train.log-every", 2).done().splitlines()
+    assert [line for line in shown if "from here on" in line] == [
+        "train.steps is 14 from here on, was 12",
+        "train.lr is 0.5 from here on, was 0.01",
+    ]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_the_newest_checkpoints_and_the_best_stay(
+    keep: int, tmp_path: Path, train: Callable[..., Any]
+) -> None:
+    every = ("--train.checkpoint-every", 2, "--train.eval-every", 2)
+    every += ("--train.warmup-steps", 12, "--train.lr", 30)  # the further, the worse
+    run = train(tmp_path / "run", *every, "--train.keep-checkpoints", keep)
+    state = json.loads((run.folder / "state.json").read_text())
+    names = [f"step_{step:08d}" for step in range(2, 13, 2)]
+    expected = set(names[-keep:]) | {state["best"]} if keep else set(names)
+    assert {path.name for path in run.checkpoints} == expected
+    assert state["best"] != names[-1]
+    assert list(run.folder.glob("checkpoints/.*")) == []
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_one(
+    tmp_path: Path,
+    train: Callable[..., Any],
+    cli: Cli,
+    options: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    remove = loop.checkpoint.shutil.rmtree
+
+    def killed(path: Path, **options: Any) -> None:
+        if "old-step" in str(path) and Path(path).exists():
+            (path / "config.json").unlink()
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    few = ("--train.checkpoint-every", 2, "--train.keep-checkpoints", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.checkpoint.shutil, "rmtree", killed)
+        assert cli("train", *options, "--out", tmp_path / "run", *few).status == 130
+    whole = train(tmp_path / "whole", *few)
+    cli("train", "--resume", "--out", tmp_path / "run").done()
+    resumed = type(whole)(tmp_path / "run")
+    assert resumed.same_as(whole)
+    assert list(resumed.folder.glob("checkpoints/.*")) == []
+
+
 def test_a_folder_with_checkpoints_is_not_overwritten(
     copied: Any, cli: Cli, options: list[str]
 ) -> None:
