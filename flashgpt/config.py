@@ -232,6 +232,9 @@ class TrainConfig:
         Literal["auto", "fp32", "bf16"], Doc("auto: bf16 autocast on CUDA, fp32 on the CPU")
     ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], Doc("auto: CUDA if there is any")] = "auto"
+    deterministic: Annotated[
+        bool, Doc("CUDA: only algorithms that repeat bit for bit (the CPU's always do)")
+    ] = False
     dropout_masks: Annotated[
         Literal["shared", "kernel"],
         Doc("attention dropout: the same masks on every kernel, or each kernel's own"),

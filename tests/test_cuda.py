@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flashgpt import GPTModel
 from flashgpt.attention import verify
@@ -95,3 +96,25 @@ def test_training_learns_and_resumes(
     assert [m["step"] for m in metrics] == list(range(1, 61))
     assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"]
     assert main(["generate", "runs/a", "--prompt", "line 1", "--max-new-tokens", "200"]) == 0
+
+
+@pytest.mark.parametrize("compile_", ["on", "off"])
+@pytest.mark.parametrize("use_flash", ["True", "False"])
+def test_a_deterministic_run_resumes_bit_for_bit(
+    compile_: str, use_flash: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "\n".join(f"line {i % 10} of the text says {i % 7}" for i in range(3000))
+    (tmp_path / "my.txt").write_text(text)
+    command = (
+        "train --data.source my.txt --data.tokenizer bytes --model.context-length 128 "
+        "--model.n-layers 2 --model.drop-rate 0.1 --train.tokens-per-step 2048 --train.steps 40 "
+        f"--train.deterministic True --train.compile {compile_} --model.use-flash {use_flash}"
+    ).split()
+    assert main([*command, "--out", "runs/whole"]) == 0
+    assert main([*command, "--out", "runs/halves", "--train.stop-at", "20"]) == 0
+    assert main(["train", "--resume", "--out", "runs/halves"]) == 0
+    name = "checkpoints/step_00000040"
+    for file in ("model.safetensors", "trainer/optimizer.safetensors"):
+        halves, whole = (load_file(Path("runs", run, name, file)) for run in ("halves", "whole"))
+        assert all(torch.equal(halves[key], whole[key]) for key in whole | halves)

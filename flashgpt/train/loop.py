@@ -91,7 +91,9 @@ class Trainer:
         self.device = runtime.device(config.device)
         self.autocast = runtime.autocast_dtype(config.precision, self.device)
         self.model = model.to(self.device)
-        self.model.set_attention(own_masks=config.dropout_masks == "kernel")
+        self.model.set_attention(
+            own_masks=config.dropout_masks == "kernel", deterministic=config.deterministic
+        )
         self.tokenizer = tokenizer
         self.config = config
         self.rows = config.rows(model.cfg.context_length)  # sequences in one optimizer step
@@ -131,7 +133,7 @@ class Trainer:
         kernels.clear_receipt()  # the run's record is of this run
         forward = runtime.compiled(self.model, self.config, listener.note)
         try:
-            with runtime.StopSignals() as signals:
+            with runtime.repeating(self.config.deterministic), runtime.StopSignals() as signals:
                 return self._steps(first, batches, data, record, forward, signals, listener)
         finally:
             self.model.set_dropout(None)

@@ -1,7 +1,7 @@
 """Command lines to dataclasses, by tyro; one line for what is wrong.
 
-`Flag` marks a bool that is a bare flag, `Positional` what stands without an option's name,
-`OmitPrefix` a section whose options stand without the section's name.
+`Flag` marks a bool that is a bare flag, `Valued` a section whose bools take a value, `Positional`
+what stands without an option's name, `OmitPrefix` a section whose options stand without its name.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from flashgpt.cli import UsageError
 
 T = TypeVar("T")
 Flag: Any = tyro.conf.FlagCreatePairsOff
+Valued: Any = tyro.conf.FlagConversionOff
 Positional: Any = tyro.conf.Positional
 OmitPrefix: Any = tyro.conf.arg(name="")
 

@@ -29,7 +29,7 @@ from flashgpt.config import (
     load_toml,
     to_toml,
 )
-from flashgpt.verbs.parse import Flag, parse, usage
+from flashgpt.verbs.parse import Flag, Valued, parse, usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Args:
     print_config: Annotated[bool, Flag, Doc("print the config as commented TOML, and stop")] = False
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    train: Annotated[TrainConfig, Valued] = dataclasses.field(default_factory=TrainConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
 
     @property

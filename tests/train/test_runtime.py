@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import threading
 from collections.abc import Callable
@@ -120,3 +121,27 @@ def test_outside_the_main_thread_signals_stay_as_they_are() -> None:
     thread.start()
     thread.join()
     assert seen == [before, None] and signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_repeating_holds_while_entered(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    torch.use_deterministic_algorithms(before)
+    try:
+        with runtime.repeating(False):
+            assert torch.are_deterministic_algorithms_enabled() == before
+        with contextlib.suppress(KeyError), runtime.repeating(True):
+            assert torch.are_deterministic_algorithms_enabled()
+            raise KeyError
+        assert torch.are_deterministic_algorithms_enabled() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_config_reaches_the_attention_kernels(
+    tmp_path: Path, train: Callable[..., Any]
+) -> None:
+    run = train(tmp_path / "run", "--train.deterministic", True)
+    receipt = json.loads((run.folder / "state.json").read_text())["receipt"]
+    assert any(line.split(" (")[0].endswith("gradient, deterministic") for line in receipt)
+    assert not torch.are_deterministic_algorithms_enabled()
