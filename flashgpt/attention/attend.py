@@ -18,6 +18,9 @@ from flashgpt.attention import kernels, standard
 from flashgpt.attention.dropout import Dropout
 from flashgpt.attention.request import bucket, shape_of
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class Attended(NamedTuple):
     """What `attend` returns when more than the output is asked for."""
@@ -78,7 +81,7 @@ def attend(
         use_flash: False means standard attention.
         dropout: drops attention weights; the caller passes it in training only.
         documents_BT: integer document of each key, [B, S]; a query sees its own document only.
-        kernel: pins a kernel by name.
+        kernel: pins a kernel by name, also in cases known to be bad (kernels.KNOWN_BAD).
         deterministic: only kernels whose backward repeats bit for bit.
         return_weights: also the weights after dropout [B, N, T, S] (standard attention serves it).
         return_lse: also the log-sum-exp of the visible scores [B, N, T], fp32 at least, detached.
@@ -88,15 +91,18 @@ def attend(
         out_BNTH in q's dtype; `Attended` when weights or lse are asked for.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, T > S, `use_flash=False` with another
-            kernel named, or a pinned kernel that cannot serve the call.
+        ValueError: shapes, dtypes or devices that do not fit, T > S, `use_flash=False` or
+            `return_weights` with another kernel named, `mask_TS` without standard attention, or a
+            pinned kernel that cannot serve the call.
     """
-    _check(q_BNTH, k_BNSH, v_BNSH, documents_BT)
+    _check(q_BNTH, k_BNSH, v_BNSH, documents_BT, mask_TS)
     if return_weights or not use_flash:
         if kernel not in (None, standard.NAME):
             asker = "return_weights=True" if use_flash else "use_flash=False"
             raise ValueError(f"kernel must be 'standard' with {asker}, got {kernel!r}")
         kernel = standard.NAME
+    if mask_TS is not None and kernel != standard.NAME:
+        raise ValueError("mask_TS is for standard attention only; leave it out, or use_flash=False")
     if dropout is not None and not dropout.threshold:
         dropout = None
     queries, keys = q_BNTH.shape[2], k_BNSH.shape[2]
@@ -115,13 +121,12 @@ def attend(
         dropout is not None and dropout.own_masks,
         kernel,
     )
-    if mask_TS is not None and name != standard.NAME:
-        raise ValueError(f"mask_TS is for standard attention only, but {name} serves this call")
     weights = None
     if name == standard.NAME:
-        out, lse, weights = standard.attention(
-            *tensors, dropout=dropout, documents_BS=documents_BT, mask_TS=mask_TS
-        )
+        with torch.autocast(q_BNTH.device.type, enabled=False):  # out in q's dtype, as elsewhere
+            out, lse, weights = standard.attention(
+                *tensors, dropout=dropout, documents_BS=documents_BT, mask_TS=mask_TS
+            )
     else:
         out, lse = kernels.KERNELS[name].attention(
             *tensors, dropout=dropout, documents_BS=documents_BT
@@ -131,7 +136,7 @@ def attend(
     return Attended(out, weights if return_weights else None, lse if return_lse else None)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, mask: Tensor | None) -> None:
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"q, k, v must be [B, N, T, H], got {list(q.shape)} and {list(k.shape)}")
     if k.shape != v.shape:
@@ -143,9 +148,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> None:
             f"T must be in 1 .. S, so that no query is left without a key, "
             f"got T {q.shape[2]} and S {k.shape[2]}"
         )
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+    if not (q.shape[1] and q.shape[3]):
+        raise ValueError(f"q, k, v must have heads and features, got {list(q.shape)}")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise ValueError(
-            f"q, k, v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+            f"q, k, v must share one dtype of fp16, bf16, fp32, fp64, "
+            f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v must share a device, got {q.device}, {k.device}, {v.device}")
@@ -155,5 +163,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> None:
                 f"documents must be [B, S] = {[k.shape[0], k.shape[2]]}, "
                 f"got {list(documents.shape)}"
             )
-        if documents.is_floating_point() or documents.dtype == torch.bool:
+        if documents.dtype not in INTEGERS:
             raise ValueError(f"documents must be integers, got {documents.dtype}")
+        if documents.device != q.device:
+            raise ValueError(f"documents must be on {q.device} as q is, got {documents.device}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (q.shape[2], k.shape[2])):
+        raise ValueError(
+            f"mask must be bool [T, S] = {[q.shape[2], k.shape[2]]}, "
+            f"got {mask.dtype} {list(mask.shape)}"
+        )

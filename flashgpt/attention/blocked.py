@@ -30,8 +30,6 @@ from flashgpt.attention import tiles
 from flashgpt.attention.dropout import Dropout, attention_keys, keep_scale
 from flashgpt.attention.request import Request
 
-NAME = "blocked"
-
 
 def supports(request: Request) -> str | None:
     """None, whatever the device, dtype and shape, except for masks that are not the shared ones."""
@@ -146,9 +144,10 @@ def _softmax(
 
 
 def _exp(x: Tensor) -> Tensor:
-    """exp(x) in place, between the smallest positive normal number and its inverse.
+    """exp(x) in place, between the smallest positive normal number and its inverse (1e-38, 1e38).
 
-    Beyond, each exponential takes a hundred times as long on the CPU.
+    Beyond, each exponential takes a hundred times as long on the CPU; a weight below 1e-38 of its
+    row's largest counts as that.
     """
     limit = -math.ceil(math.log(torch.finfo(x.dtype).tiny))
     return x.clamp_(-limit, limit).exp_()

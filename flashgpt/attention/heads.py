@@ -56,6 +56,8 @@ class MultiHeadAttention(nn.Module):
         use_flash: bool = True,
     ) -> None:
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1, got {num_heads}")
         if d_out % num_heads:
             raise ValueError(
                 f"d_out must be divisible by num_heads, got d_out {d_out} and num_heads {num_heads}"
@@ -63,6 +65,7 @@ class MultiHeadAttention(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.num_heads = num_heads
+        self.head_dim = d_out // num_heads
         self.context_length = context_length
         self.dropout = dropout
         self.c_attn = nn.Linear(d_in, 3 * d_out, bias=qkv_bias)
@@ -125,16 +128,19 @@ class MultiHeadAttention(nn.Module):
         """Attention over x_BTD and, with a cache, over the tokens before.
 
         Args:
-            dropout: which mask to draw while training; a fresh seed when left out.
-            documents_BT: integer document of each token; tokens see their own document only.
+            dropout: which mask to draw, with its own probability, in training mode and where the
+                module's dropout is above 0; a fresh seed when left out.
+            documents_BT: integer document of each token, those in the cache first; tokens see
+                their own document only.
             cache: keys and values of the tokens before; is extended.
 
         Raises:
             ValueError: more tokens than `context_length`.
         """
         batch, queries, _ = x_BTD.shape
-        qkv_BTD = self.c_attn(x_BTD).view(batch, queries, 3, self.num_heads, -1)
-        q_BNTH, k_BNSH, v_BNSH = qkv_BTD.permute(2, 0, 3, 1, 4).unbind()
+        qkv_BTD = self.c_attn(x_BTD)
+        qkv_BT3NH = qkv_BTD.view(batch, queries, 3, self.num_heads, self.head_dim)
+        q_BNTH, k_BNSH, v_BNSH = qkv_BT3NH.permute(2, 0, 3, 1, 4).unbind()
         if cache is not None:
             k_BNSH, v_BNSH = cache.extend(k_BNSH, v_BNSH)
         keys = k_BNSH.shape[2]
@@ -157,7 +163,7 @@ class MultiHeadAttention(nn.Module):
             deterministic=self.deterministic,
             mask_TS=None if self.use_flash else self.mask[keys - queries : keys, :keys],
         )
-        out: Tensor = self.c_proj(out_BNTH.transpose(1, 2).reshape(batch, queries, -1))
+        out: Tensor = self.c_proj(out_BNTH.transpose(1, 2).flatten(2))
         return out
 
     def extra_repr(self) -> str:

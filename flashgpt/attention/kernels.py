@@ -5,8 +5,9 @@ measured on this device (measured.py) or else as built in, and takes the first t
 Nothing falls back in silence: the receipt holds one line per kind of call, with the reason why each
 faster kernel was refused.
 
-To add a kernel: a file with `supports` and `attention`, a row in KERNELS, its place in FASTEST. The
-audit (verify.py) then judges it, and `flashgpt bench attention` times it.
+To add a kernel: a file with `supports` and `attention` (a custom operator, if it is no composition
+of PyTorch's), its import and row in KERNELS, its place in FASTEST. The audit (verify.py) then
+judges it, and `flashgpt bench attention` times it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Kernel:
 
     Attributes:
         supports: request -> None, or the reason why this kernel cannot serve it.
-        attention: (q, k, v, *, dropout, documents_BS) -> (out_BNTH, lse_BNT, ...).
+        attention: (q, k, v, *, dropout, documents_BS) -> (out_BNTH, lse_BNT), out in q's dtype,
+            lse detached and fp32 at least. Standard attention also returns its weights.
     """
 
     name: str
@@ -48,7 +50,7 @@ KERNELS: dict[str, Kernel] = {
     )
 }
 
-# Fastest first. CUDA: forward + backward of H 64 in bf16 on an H100 (torch 2.11, cuDNN 9.19).
+# Fastest first. CUDA: H 64 in bf16 on an H100 (torch 2.11, cuDNN 9.19); cuDNN without gradient.
 FASTEST: dict[str, tuple[str, ...]] = {
     "cpu": ("sdpa:cpu", "blocked"),
     "cuda": ("sdpa:cudnn", "sdpa:flash", "sdpa:efficient", "blocked"),
@@ -88,7 +90,7 @@ def choose(request: Request) -> Choice:
         known = tuple(name for name in found.kernels if name in names)
         names = (*known, *(name for name in names if name not in known))
         order = f"order measured on {found.date}"
-    if request.own_masks:  # PyTorch's last resort is no other: its math path
+    if request.own_masks:  # as PyTorch falls back to its math path, quadratic like this
         names = (*names, standard.NAME)
     refused: list[tuple[str, str]] = []
     for name in names:

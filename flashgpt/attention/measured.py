@@ -126,6 +126,8 @@ def _load() -> dict[str, Any] | None:
         if found["format"] != FORMAT:
             raise ValueError(f"has format {found['format']}, not {FORMAT}")
         devices: dict[str, Any] = found["devices"]
+        for device in devices.values():
+            device["torch"], device["date"], [Row(**row) for row in device["rows"]]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

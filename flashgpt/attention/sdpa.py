@@ -68,7 +68,7 @@ def supports_cudnn(request: Request) -> str | None:
     if request.deterministic and request.gradient:
         return "its backward is not proven deterministic"
     if request.shape == "single":
-        return "refuses T == S == 1"
+        return "refuses a single query and key"
     if request.own_masks:
         return "drops with a probability in sixteenths"
     return _cuda(request, HALF_TYPES, 128)

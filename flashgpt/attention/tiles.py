@@ -46,7 +46,7 @@ def cut(sequences: int, queries: int, keys: int, device: torch.device) -> Cut:
     """
     on_cpu = device.type == "cpu"
     scores = SCORES_PER_THREAD * torch.get_num_threads() if on_cpu else SCORES_ON_A_GPU
-    rows = min(TILE, queries)
+    rows, sequences = min(TILE, queries), max(1, sequences)
     columns = max(1, scores // (rows * sequences * TILE)) * TILE
     return Cut(max(1, scores // (rows * min(columns, keys))), rows, columns)
 

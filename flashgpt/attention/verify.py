@@ -41,7 +41,8 @@ from flashgpt.attention.request import Request, bucket, shape_of
 DOCUMENT = 37  # tokens
 MAX_FACTOR, RMS_FACTOR = 2.0, 1.25
 MIN_SEEDS, MIN_ELEMENTS = 8, 4096
-TENSORS = ("out", "lse", "dq", "dk", "dv")
+INFERENCE = ("out", "lse")
+TENSORS = (*INFERENCE, "dq", "dk", "dv")
 
 
 # Limits of it, as shares of the budget; 1.91 was seen (dq, bf16, H100, torch 2.11).
@@ -68,8 +69,8 @@ class Case:
         text += "" if self.values == "normal" else f" {self.values}"
         return text + " " + str(self.dtype).removeprefix("torch.")
 
-    def request(self, device: torch.device) -> Request:
-        """The request that `attend` would make of it, gradients included."""
+    def request(self, device: torch.device, gradient: bool = True) -> Request:
+        """The request that `attend` would make of it."""
         return Request(
             device.type,
             self.dtype,
@@ -78,7 +79,7 @@ class Case:
             shape_of(self.queries, self.keys),
             self.p > 0,
             self.documents,
-            gradient=True,
+            gradient=gradient,
             deterministic=False,
         )
 
@@ -237,23 +238,37 @@ _CHANGES = VALUES | {
 }
 
 
+def judged(case: Case, device: torch.device) -> dict[str, tuple[str, ...]]:
+    """The kernels that `choose` may take for a case, and which results of each are judged.
+
+    Without gradients those that serve inference only.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for name in KERNELS:
+        if refusal(name, case.request(device)) is None:
+            found[name] = TENSORS
+        elif refusal(name, case.request(device, gradient=False)) is None:
+            found[name] = INFERENCE
+    return found
+
+
 def audit(cases: Iterable[Case], device: torch.device) -> Iterator[Verdict]:
     """Judges every kernel that `choose` may take for a case on `device`, tensor by tensor."""
     for case in cases:
-        request = case.request(device)
-        names = [name for name in KERNELS if refusal(name, request) is None]
-        pooled = {name: {tensor: Error() for tensor in TENSORS} for name in names}
+        kernels = judged(case, device)
+        pooled = {name: {x: Error() for x in tensors} for name, tensors in kernels.items()}
         elements = case.batch * case.heads * case.queries  # of lse, the smallest tensor
         for seed in range(max(MIN_SEEDS, math.ceil(MIN_ELEMENTS / elements))):
             inputs = inputs_of(case, seed, device)
             wide = [x.double() for x in inputs]
             exact, terms = run_case("standard", case, seed, wide), terms_of(case, seed, wide)
-            for name in names:
-                for tensor, got in run_case(name, case, seed, inputs).items():
+            for name, tensors in kernels.items():
+                found = run_case(name, case, seed, inputs, gradient=tensors == TENSORS)
+                for tensor, got in found.items():
                     pooled[name][tensor].add(got, exact[tensor], terms[tensor])
-        for name in names:
-            for tensor in TENSORS:
-                yield judge(name, case, tensor, pooled[name][tensor], pooled["standard"][tensor])
+        for name, errors in pooled.items():
+            for tensor, error in errors.items():
+                yield judge(name, case, tensor, error, pooled["standard"][tensor])
 
 
 def inputs_of(case: Case, seed: int, device: torch.device) -> list[Tensor]:
@@ -293,12 +308,18 @@ def attend_case(kernel: str, case: Case, seed: int, q: Tensor, k: Tensor, v: Ten
     return found
 
 
-def run_case(kernel: str, case: Case, seed: int, inputs: list[Tensor]) -> dict[str, Tensor]:
-    leaves = [x.detach().clone().requires_grad_() for x in inputs[:3]]
+def run_case(
+    kernel: str, case: Case, seed: int, inputs: list[Tensor], gradient: bool = True
+) -> dict[str, Tensor]:
+    """out and lse of a kernel, and with `gradient` dq, dk and dv."""
+    leaves = [x.detach().clone().requires_grad_(gradient) for x in inputs[:3]]
     found = attend_case(kernel, case, seed, *leaves)
-    gradients = torch.autograd.grad(found.out_BNTH, leaves, inputs[3])
     assert found.lse_BNT is not None
-    return dict(zip(TENSORS, (found.out_BNTH, found.lse_BNT, *gradients), strict=True))
+    results = {"out": found.out_BNTH, "lse": found.lse_BNT}
+    if gradient:
+        gradients = torch.autograd.grad(found.out_BNTH, leaves, inputs[3])
+        results |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    return results
 
 
 def terms_of(case: Case, seed: int, inputs: list[Tensor]) -> dict[str, Tensor]:

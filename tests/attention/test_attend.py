@@ -458,6 +458,30 @@ def test_standard_uses_the_mask_it_is_given() -> None:
     assert not torch.equal(other, plain)
 
 
+@pytest.mark.parametrize("kernel", ["standard", "blocked", "sdpa:cpu"])
+def test_autocast_changes_nothing(kernel: str) -> None:
+    *qkv, dout = Case(33, 33).inputs()
+    plain = run(kernel, qkv, dout)
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    with torch.autocast("cpu", dtype=torch.float16):
+        out = attend(*leaves, kernel=kernel, use_flash=kernel != "standard")
+    assert isinstance(out, Tensor)
+    found = (out, *torch.autograd.grad(out, leaves, dout))  # as trainers do: backward outside
+    for name, got in zip(("out", "dq", "dk", "dv"), found, strict=True):
+        assert torch.equal(got, plain[name]), name
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(4, 4), (1, 4), (2, 4)])
+@pytest.mark.parametrize("options", [{}, {"kernel": "blocked"}, {"use_flash": False}], ids=str)
+def test_an_empty_batch_gives_an_empty_result(
+    queries: int, keys: int, options: dict[str, Any]
+) -> None:
+    q, k = torch.zeros(0, 3, queries, 8, requires_grad=True), torch.zeros(0, 3, keys, 8)
+    out = attend(q, k, k, **options)
+    assert isinstance(out, Tensor) and out.shape == q.shape
+    assert torch.autograd.grad(out, q, torch.zeros_like(out))[0].shape == q.shape
+
+
 def zeros_of(*shape: int, **options: Any) -> Tensor:
     return torch.zeros(*shape, **options)
 
@@ -467,7 +491,30 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "a mask that nobody would read": (
         (QKV, QKV, QKV),
         {"mask_TS": torch.ones(4, 4, dtype=torch.bool)},
-        r"mask_TS is for standard attention only, but sdpa:cpu serves this call",
+        r"mask_TS is for standard attention only; leave it out, or use_flash=False",
+    ),
+    "a mask of another shape": (
+        (QKV, QKV, QKV),
+        {"use_flash": False, "mask_TS": torch.ones(1, 1, dtype=torch.bool)},
+        r"mask must be bool \[T, S\] = \[4, 4\], got torch\.bool \[1, 1\]",
+    ),
+    "a mask of numbers": (
+        (QKV, QKV, QKV),
+        {"use_flash": False, "mask_TS": torch.ones(4, 4)},
+        r"mask must be bool .*, got torch\.float32 \[4, 4\]",
+    ),
+    "no heads": ((QKV[:, :0],) * 3, {}, r"must have heads and features, got \[2, 0, 4, 8\]"),
+    "no features": ((QKV[..., :0],) * 3, {}, r"must have heads and features, got \[2, 3, 4, 0\]"),
+    "float8": ((QKV.to(torch.float8_e4m3fn),) * 3, {}, r"share one dtype of fp16, bf16, fp32"),
+    "documents elsewhere": (
+        (QKV, QKV, QKV),
+        {"documents_BT": torch.zeros(2, 4, dtype=torch.int64, device="meta")},
+        r"documents must be on cpu as q is, got meta",
+    ),
+    "complex documents": (
+        (QKV, QKV, QKV),
+        {"documents_BT": torch.zeros(2, 4, dtype=torch.complex64)},
+        r"documents must be integers, got torch\.complex64",
     ),
     "3-d": ((QKV[0], QKV[0], QKV[0]), {}, r"must be \[B, N, T, H\], got \[3, 4, 8\]"),
     "v unlike k": (
@@ -491,8 +538,8 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
         r"T must be in 1 \.\. S.*got T 4 and S 3",
     ),
     "no query": ((QKV[:, :, :0], QKV, QKV), {}, r"got T 0 and S 4"),
-    "dtypes": ((QKV, QKV.double(), QKV), {}, r"share one floating dtype, got torch\.float32"),
-    "integers": ((QKV.long(),) * 3, {}, r"share one floating dtype, got torch\.int64"),
+    "dtypes": ((QKV, QKV.double(), QKV), {}, r"share one dtype .*, got torch\.float32"),
+    "integers": ((QKV.long(),) * 3, {}, r"share one dtype .*, got torch\.int64"),
     "devices": (
         (QKV, QKV.to("meta"), QKV),
         {},

@@ -146,11 +146,19 @@ def test_a_cache_gives_the_rows_of_the_whole_sequence(use_flash: bool) -> None:
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"d_out must be divisible by num_heads.*12.*5"):
         make(num_heads=5)
+    with pytest.raises(ValueError, match="num_heads must be at least 1, got 0"):
+        make(num_heads=0)
     for dropout in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\)"):
             make(dropout=dropout)
     with pytest.raises(ValueError, match="at most context_length 16 tokens, got 17"):
         make()(torch.randn(1, 17, 10, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("use_flash", [True, False])
+def test_an_empty_batch_stays_empty(use_flash: bool) -> None:
+    x = torch.randn(0, 7, 10, dtype=torch.float64)
+    assert make(use_flash, dropout=0.1)(x).shape == (0, 7, 12)
 
 
 def test_repr_says_how_it_is_set() -> None:

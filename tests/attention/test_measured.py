@@ -111,7 +111,12 @@ def test_a_second_device_leaves_the_first(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 99, "devices": {}}']
+    "text",
+    [
+        *("", "{", "[]", "null", '{"format": 1}', '{"format": 99, "devices": {}}'),
+        '{"format": 1, "devices": {"x": {"torch": "2", "date": ""}}}',
+        '{"format": 1, "devices": {"x": {"torch": "2", "date": "", "rows": [{}]}}}',
+    ],
 )
 def test_a_damaged_file_is_named_and_not_used(text: str, cache: Path) -> None:
     cache.parent.mkdir()

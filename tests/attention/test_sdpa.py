@@ -61,7 +61,7 @@ def test_what_all_of_them_take(kernel: str, change: dict[str, Any], reason: str 
         *((kernel, {"deterministic": True, "gradient": False}, None) for kernel in ON_CUDA),
         ("cpu", {"deterministic": True}, None),
         *((kernel, {"shape": "single"}, None) for kernel in ("cpu", "flash", "efficient")),
-        ("cudnn", {"shape": "single"}, "T == S == 1"),
+        ("cudnn", {"shape": "single"}, "single query and key"),
     ],
 )
 def test_what_each_takes(kernel: str, change: dict[str, Any], reason: str | None) -> None:

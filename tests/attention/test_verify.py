@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from flashgpt.attention import verify
-from flashgpt.attention.kernels import KERNELS, refusal
+from flashgpt.attention import standard, verify
+from flashgpt.attention.kernels import KERNELS, Kernel, refusal
 from flashgpt.attention.verify import Case, Error, Verdict, judge
 
 DEVICE = torch.device("cpu")
@@ -180,10 +181,10 @@ def test_errors_are_pooled_over_seeds_and_elements(monkeypatch: pytest.MonkeyPat
     seen: list[int] = []
     run = verify.run_case
 
-    def counting(kernel: str, case: Case, seed: int, inputs: list[Tensor]) -> dict[str, Tensor]:
+    def counting(kernel: str, case: Case, seed: int, *rest: Any, **more: Any) -> dict[str, Tensor]:
         if kernel == "blocked":
             seen.append(seed)
-        return run(kernel, case, seed, inputs)
+        return run(kernel, case, seed, *rest, **more)
 
     monkeypatch.setattr(verify, "run_case", counting)
     list(verify.audit([Case(4, 4, 32, 32, 8)], DEVICE))
@@ -217,3 +218,24 @@ def test_a_known_excess_is_neither_passed_nor_unlimited() -> None:
     for easier in ({"dtype": torch.float32}, {"values": "normal"}):
         case = dataclasses.replace(hard, **easier)
         assert found("sdpa:flash", case, "dq", over) == (False, False)
+
+
+def test_a_kernel_for_inference_alone_is_judged_without_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As cuDNN on CUDA: its forward pass counts, whatever its backward pass does."""
+
+    def forward_only(request: Any) -> str | None:
+        return "its backward is broken" if request.gradient else None
+
+    scale = 1.0
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        assert not q.requires_grad
+        return standard.attention(q * scale, k, v, **given)[:2]
+
+    monkeypatch.setitem(KERNELS, "mutant", Kernel("mutant", forward_only, attention))
+    for passes in (True, False):
+        rows = [v for v in verify.audit([SMALL], DEVICE) if v.kernel == "mutant"]
+        assert [(v.tensor, v.passed) for v in rows] == [("out", passes), ("lse", passes)]
+        scale = 1.001
