@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def run(
     note("closed forms")
     for dtype in dtypes:
         rows += properties.closed_forms(device, dtype)
-    checks = audit_properties(device, note, FULL_REPEATS if full else REPEATS)
+    checks = audit_properties(device, dtypes, note, FULL_REPEATS if full else REPEATS)
     for p in (0.0, AUDIT_DROPOUT):
         note(f"whole model, dropout {p:g}")
         rows += audit_model(model, p, device)
@@ -96,29 +97,33 @@ def run(
 
 
 def audit_properties(
-    device: torch.device, note: Callable[[str], None], times: int
+    device: torch.device,
+    dtypes: Iterable[torch.dtype],
+    note: Callable[[str], None],
+    times: int,
 ) -> dict[str, dict[str, bool]]:
     """What holds exactly, kernel by kernel; only of those that promise it."""
     note("masks, causality, repeats, memory")
     checks: dict[str, dict[str, bool]] = {MASKS: {}, CAUSAL: {}, REPEATED: {}, LINEAR: {}}
+
+    def record(what: str, name: str, held: bool) -> None:
+        checks[what][name] = checks[what].get(name, True) and held
+
     for case in (verify.Case(2, 3, 65, 65, 16, 0.1), verify.Case(1, 2, 33, 70, 16, 0.1)):
         for name, equal in properties.masks_equal(case, device).items():
-            checks[MASKS][name] = checks[MASKS].get(name, True) and equal
-    square = verify.Case(1, 2, 130, 130, 16)
+            record(MASKS, name, equal)
     length = GROWTH_LENGTH[device.type]
-    long = verify.Case(1, 2, length, length, 64)
-    for p in (0.0, AUDIT_DROPOUT):
-        case = dataclasses.replace(square, p=p)
-        request = dataclasses.replace(case.request(device), deterministic=True)
+    for dtype, p in itertools.product(dtypes, (0.0, AUDIT_DROPOUT)):
+        case = verify.Case(1, 2, 130, 130, 16, p, dtype=dtype)
+        long = verify.Case(1, 2, length, length, 64, p, dtype=dtype)
+        repeating = dataclasses.replace(case.request(device), deterministic=True)
         for name, kernel in KERNELS.items():
-            if refusal(name, request) is None:
-                held = properties.repeats(name, case, device, times)
-                checks[REPEATED][name] = checks[REPEATED].get(name, True) and held
+            if refusal(name, repeating) is None:
+                record(REPEATED, name, properties.repeats(name, case, device, times))
             if p == 0 and kernel.supports(case.request(device)) is None:
-                checks[CAUSAL][name] = properties.is_causal(name, case, device)
+                record(CAUSAL, name, properties.is_causal(name, case, device))
             if name != standard.NAME and refusal(name, case.request(device)) is None:
-                held = _growth(name, dataclasses.replace(long, p=p), device) < GROWTH
-                checks[LINEAR][name] = checks[LINEAR].get(name, True) and held
+                record(LINEAR, name, _growth(name, long, device) < GROWTH)
     return checks
 
 
