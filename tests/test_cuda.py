@@ -77,22 +77,31 @@ def test_cudnn_serves_only_without_a_gradient(gradient: bool, kernel: str) -> No
     assert choose(request).kernel == kernel
 
 
-@pytest.mark.parametrize("compile_", ["on", "off"])
-@pytest.mark.parametrize("use_flash", ["True", "False"])
-def test_training_learns_and_resumes(
-    compile_: str, use_flash: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+TRAIN = (
+    "train --data.source my.txt --data.tokenizer bytes --model.context-length 128 "
+    "--model.n-layers 2 --model.drop-rate 0.1 --train.tokens-per-step 2048"
+)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a folder with a text to learn."""
     text = "\n".join(f"line {i % 10} of the text says {i % 7}" for i in range(3000))
     (tmp_path / "my.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("compile_", ["on", "off"])
+@pytest.mark.parametrize("use_flash", ["True", "False"])
+def test_training_learns_and_resumes(compile_: str, use_flash: str, here: Path) -> None:
     command = (
-        "train --data.source my.txt --data.tokenizer bytes --model.context-length 128 "
-        "--model.n-layers 2 --model.drop-rate 0.1 --train.tokens-per-step 2048 --train.steps 60 "
+        f"{TRAIN} --train.steps 60 "
         f"--train.lr 3e-3 --train.compile {compile_} --model.use-flash {use_flash} --out runs/a"
     ).split()
     assert main([*command, "--train.stop-at", "30"]) == 0
     assert main(["train", "--resume", "--out", "runs/a", "--train.stop-at", "60"]) == 0
-    metrics = [json.loads(line) for line in (tmp_path / "runs/a/metrics.jsonl").open()]
+    metrics = [json.loads(line) for line in (here / "runs/a/metrics.jsonl").open()]
     assert [m["step"] for m in metrics] == list(range(1, 61))
     assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"]
     assert main(["generate", "runs/a", "--prompt", "line 1", "--max-new-tokens", "200"]) == 0
@@ -100,15 +109,10 @@ def test_training_learns_and_resumes(
 
 @pytest.mark.parametrize("compile_", ["on", "off"])
 @pytest.mark.parametrize("use_flash", ["True", "False"])
-def test_a_deterministic_run_resumes_bit_for_bit(
-    compile_: str, use_flash: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = "\n".join(f"line {i % 10} of the text says {i % 7}" for i in range(3000))
-    (tmp_path / "my.txt").write_text(text)
+@pytest.mark.usefixtures("here")
+def test_a_deterministic_run_resumes_bit_for_bit(compile_: str, use_flash: str) -> None:
     command = (
-        "train --data.source my.txt --data.tokenizer bytes --model.context-length 128 "
-        "--model.n-layers 2 --model.drop-rate 0.1 --train.tokens-per-step 2048 --train.steps 40 "
+        f"{TRAIN} --train.steps 40 "
         f"--train.deterministic True --train.compile {compile_} --model.use-flash {use_flash}"
     ).split()
     assert main([*command, "--out", "runs/whole"]) == 0
