@@ -1,7 +1,7 @@
 """What can be set, in which unit, and where a setting comes from: the config of model and run.
 
-Owns the keys, their defaults, their checks, the presets and the TOML form. Imports neither torch
-nor any command-line library, so that `flashgpt --help` starts quickly.
+Owns the keys, their defaults, their ranges and the presets; toml.py reads and writes them. Imports
+neither torch nor any command-line library, so that `flashgpt --help` starts quickly.
 
 `GPTConfig` is a complete model (the keys of the original cfg dict). `ModelConfig`, `DataConfig`,
 `TrainConfig` and `SampleConfig` are the four sections of a run's `config.toml`; a value comes from
@@ -13,14 +13,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import tomllib
-import types
-import typing
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from typing_extensions import Doc
+
+from flashgpt.fields import check_keys, check_types
 
 Activation = Literal["gelu_new", "gelu"]
 
@@ -341,134 +339,3 @@ class RunConfig:
         wanted = self.model.vocab_size
         cfg = self.model.resolve(GPT2_VOCAB_SIZE if wanted is None else wanted)
         self.train.rows(cfg.context_length)
-
-
-def load_toml(path: str | Path) -> RunConfig:
-    """Reads a run's config.
-
-    Raises:
-        ValueError: no TOML, an unknown section or key (the nearest one is suggested), a wrong type.
-        OSError: the file cannot be read.
-    """
-    try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no TOML file: {error}") from error
-    return from_tree(tree, str(path))
-
-
-def from_tree(tree: Mapping[str, Any], origin: str) -> RunConfig:
-    """A RunConfig from nested dicts, as TOML gives them; `origin` names them in errors."""
-    sections = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
-    check_keys(tree, sections, origin)
-    made: dict[str, Any] = {}
-    for name, factory in sections.items():
-        table = tree.get(name, {})
-        if not isinstance(table, Mapping):
-            raise ValueError(f"{origin}: [{name}] must be a section, got {table!r}")
-        known = {f.name for f in dataclasses.fields(typing.cast(Any, factory))}
-        check_keys(table, known, f"{origin}: [{name}]")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-        made[name] = typing.cast(Any, factory)(**values)
-    return RunConfig(**made)
-
-
-def to_toml(config: RunConfig) -> str:
-    """The commented TOML of a run; a key without a value is written as a comment."""
-    lines = []
-    for section in dataclasses.fields(config):
-        lines.append(f"[{section.name}]")
-        part = getattr(config, section.name)
-        for name, (_, doc) in documented_fields(type(part)).items():
-            value = getattr(part, name)
-            entry = f"# {name} =" if value is None else f"{name} = {_toml_value(value)}"
-            lines.append(f"{entry}  # {doc}")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def documented_fields(cls: type) -> dict[str, tuple[Any, str]]:
-    """Name -> (type, help text) of every field of a config class."""
-    found = {}
-    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        doc = next(m for m in hint.__metadata__ if isinstance(m, Doc))
-        found[name] = (hint.__origin__, doc.documentation)
-    return found
-
-
-def check_keys(got: Iterable[str], known: Iterable[str], origin: str) -> None:
-    """Refuses a key that is not known.
-
-    Raises:
-        ValueError: names the key, where it stands, and the nearest known key.
-    """
-    known = list(known)
-    for key in got:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"{origin} has an unknown key {key!r}; {hint}")
-
-
-def check_types(config: Any, origin: str) -> None:
-    """Refuses a field whose value is not of its declared type (an int passes for a float).
-
-    Raises:
-        ValueError: names the field, the type it must have and the value.
-    """
-    for name, (kind, _) in documented_fields(type(config)).items():
-        value = getattr(config, name)
-        if not _is_a(value, kind):
-            raise ValueError(f"{origin}.{name} must be {_type_name(kind)}, got {value!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{origin}.{name} must be finite, got {value!r}")
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return value in args and isinstance(value, str)
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_a(value, arg) for arg in args)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_is_a(item, args[0]) for item in value)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def _type_name(kind: Any) -> str:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return "one of " + ", ".join(args)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type_name(arg) for arg in args if arg is not types.NoneType)
-    if origin is tuple:
-        return f"a list of {_type_name(args[0])}"
-    names: dict[Any, str] = {
-        int: "an integer",
-        float: "a number",
-        bool: "true or false",
-        str: "a text",
-    }
-    return names[kind]
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    if isinstance(value, str):
-        return '"' + "".join(map(_toml_character, value)) + '"'
-    return repr(value)
-
-
-def _toml_character(character: str) -> str:
-    if character in '"\\':
-        return "\\" + character
-    if " " <= character <= "~":
-        return character
-    return f"\\U{ord(character):08x}"

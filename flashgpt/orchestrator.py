@@ -14,8 +14,9 @@ import torch
 
 from flashgpt.attention import kernels
 from flashgpt.attention.request import Request
-from flashgpt.config import GPTConfig, RunConfig, TrainConfig, check_keys, documented_fields
+from flashgpt.config import GPTConfig, RunConfig, TrainConfig
 from flashgpt.data.shards import TokenData
+from flashgpt.fields import check_keys, documented_fields
 from flashgpt.generation.decode import TextGenerator, check_prompt
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.tokenizer import Tokenizer

@@ -27,7 +27,9 @@ SOURCES = {
 # What each part may know, itself apart; everything not named here may know anything but
 # the verbs, the command line and the composition root.
 MAY_KNOW: dict[str, set[str]] = {
-    "config": set(),
+    "fields": set(),
+    "config": {"fields"},
+    "toml": {"config", "fields"},
     "attention": set(),
     "model": {"attention", "config"},
     "tokenizer": set(),

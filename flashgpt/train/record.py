@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from flashgpt import __version__
-from flashgpt.config import RunConfig, load_toml, to_toml
+from flashgpt.config import RunConfig
 from flashgpt.measure.plots import draw_loss
+from flashgpt.toml import load_toml, to_toml
 from flashgpt.train import checkpoint
 
 

@@ -40,9 +40,10 @@ def main(argv: Sequence[str]) -> int:
     args = parse(Args, "evaluate", argv, __doc__)
     import tempfile
 
-    from flashgpt.config import DataConfig, load_toml
+    from flashgpt.config import DataConfig
     from flashgpt.data.prepare import prepare
     from flashgpt.data.shards import TokenData
+    from flashgpt.toml import load_toml
     from flashgpt.train.checkpoint import load
     from flashgpt.train.evaluate import evaluate
     from flashgpt.train.runtime import device

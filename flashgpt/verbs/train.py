@@ -26,9 +26,8 @@ from flashgpt.config import (
     RunConfig,
     SampleConfig,
     TrainConfig,
-    load_toml,
-    to_toml,
 )
+from flashgpt.toml import load_toml, to_toml
 from flashgpt.verbs.parse import Flag, Valued, parse, usage
 
 

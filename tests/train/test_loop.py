@@ -26,11 +26,11 @@ from flashgpt.config import (
     RunConfig,
     SampleConfig,
     TrainConfig,
-    load_toml,
 )
 from flashgpt.data.prepare import prepare
 from flashgpt.data.shards import TokenData
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.toml import load_toml
 from flashgpt.train import loop, optimizer, runtime
 from flashgpt.train.loop import Listener, Trainer, dropout_seed
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from flashgpt.config import RunConfig, TrainConfig, load_toml
+from flashgpt.config import RunConfig, TrainConfig
+from flashgpt.toml import load_toml
 from flashgpt.train.record import Record, add_sample, versions
 
 RUN = RunConfig()

@@ -16,8 +16,8 @@ import pytest
 
 from flashgpt import orchestrator
 from flashgpt.attention import verify
-from flashgpt.config import load_toml
 from flashgpt.measure import audit
+from flashgpt.toml import load_toml
 from flashgpt.train.loop import Result
 from flashgpt.verbs import demo
 

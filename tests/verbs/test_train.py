@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flashgpt.config import load_toml
+from flashgpt.toml import load_toml
 from flashgpt.verbs.train import read
 
 Cli = Callable[..., Any]
