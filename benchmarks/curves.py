@@ -198,10 +198,9 @@ def _train(run: str, lr: float, options: argparse.Namespace, batches: Batches) -
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        for group in adamw.param_groups:
-            group["lr"] = learning_rate(step, config)
+        adamw.set_rate(learning_rate(step, config))
         adamw.step()
-        adamw.zero_grad(set_to_none=True)
+        adamw.zero_grad()
         losses.append(total)
     return losses
 

@@ -210,8 +210,12 @@ class TrainConfig:
     warmup_steps: Annotated[int | None, Doc("linear warmup (steps); 1/20 of steps if left out")] = (
         None
     )
-    optimizer: Annotated[Literal["adamw"], Doc("adamw (fused where PyTorch has it)")] = "adamw"
-    weight_decay: Annotated[float, Doc("decay of matrices; biases and norms have none")] = 0.1
+    optimizer: Annotated[
+        Literal["adamw", "muon"], Doc("muon: Muon for the blocks' matrices, AdamW for the rest")
+    ] = "adamw"
+    weight_decay: Annotated[
+        float, Doc("decay of matrices and embeddings; biases and norms have none")
+    ] = 0.1
     beta1: Annotated[float, Doc("AdamW's first-moment decay, in [0, 1)")] = 0.9
     beta2: Annotated[float, Doc("AdamW's second-moment decay, in [0, 1)")] = 0.95
     grad_clip: Annotated[float, Doc("largest global gradient norm; 0 = no clipping")] = 1.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,7 +20,10 @@ from flashgpt.attention.dropout import Dropout, attention_keep, element_keep
 from flashgpt.attention.kernels import choose
 from flashgpt.attention.request import Request
 from flashgpt.cli import main
+from flashgpt.config import TrainConfig
 from flashgpt.measure import audit
+from flashgpt.train import optimizer
+from flashgpt.train.muon import Muon
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,6 +79,63 @@ def test_cudnn_serves_only_without_a_gradient(gradient: bool, kernel: str) -> No
         "cuda", torch.bfloat16, 64, 1024, "square", False, False, gradient, deterministic=False
     )
     assert choose(request).kernel == kernel
+
+
+def weights_after_muon(
+    device: torch.device, dtype: torch.dtype, theirs: bool, lr: float = 0.02, steps: int = 3
+) -> torch.Tensor:
+    """All weights, float64 on the CPU, after a few steps of PyTorch's Muon or of ours."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(96, 32), (32, 96), (64, 64), (96, 32)]
+    start = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    parameters = [torch.nn.Parameter(weight.to(device, dtype)) for weight in start]
+    options: dict[str, Any] = {"lr": lr, "weight_decay": 0.1}
+    muon: torch.optim.Optimizer
+    if theirs:
+        muon = torch.optim.Muon(parameters, adjust_lr_fn="match_rms_adamw", **options)
+    else:
+        muon = Muon(parameters, **options)
+    for _ in range(steps):
+        for parameter, shape in zip(parameters, shapes, strict=True):
+            gradient = torch.randn(shape, generator=generator, dtype=torch.float64)
+            parameter.grad = gradient.to(device, dtype)
+        muon.step()
+    return torch.cat([parameter.detach().double().cpu().flatten() for parameter in parameters])
+
+
+def test_muon_is_as_exact_as_pytorchs() -> None:
+    """Rule: twice the error of torch.optim.Muon, whose products are bf16 too, and a bf16 rounding
+    of each step's update (entries below 1.21 * 0.2 sqrt(96)), both against float64 on the CPU."""
+    oracle = weights_after_muon(torch.device("cpu"), torch.float64, theirs=False)
+    theirs = weights_after_muon(CUDA, torch.float32, theirs=True) - oracle
+    ours = weights_after_muon(CUDA, torch.float32, theirs=False) - oracle
+    rounding = 3 * 0.02 * 1.21 * 0.2 * 96**0.5 * 2**-9
+    limit = 2 * (float(theirs.abs().max()) + rounding)
+    limit_rms = 2 * float(theirs.square().mean().sqrt()) + rounding
+    assert ours.abs().max() <= limit and ours.square().mean().sqrt() <= limit_rms
+    for change in ({"lr": 0.03}, {"steps": 2}):
+        wrong = weights_after_muon(CUDA, torch.float32, theirs=False, **change) - oracle
+        assert wrong.square().mean().sqrt() > limit_rms, change
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_or_its_refusal_does_not_wait_for_the_device(
+    kind: Literal["adamw", "muon"],
+) -> None:
+    model = GPTModel(CFG).to(CUDA)
+    made = optimizer.build(model, TrainConfig(optimizer=kind))
+    for refused in (0.0, 1.0):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, torch.nan) if refused else torch.randn_like(p)
+        before = [p.detach().clone() for p in model.parameters()]
+        flag = torch.tensor(refused, device=CUDA)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            made.step(flag)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        same = [torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
+        assert all(same) if refused else not any(same)
 
 
 TRAIN = (

@@ -250,10 +250,9 @@ class Trainer:
                 "with --resume and --model.use-flash False to see whether attention is to blame"
             )
         rate = learning_rate(step, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.optimizer.set_rate(rate)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         seconds = time.perf_counter() - started
         return {
             "loss": total.item(),

@@ -1,55 +1,151 @@
-"""The optimizer, its parameter groups, and its state under the names of the parameters."""
+"""The optimizer: which rule updates which parameter, and its state under the parameters' names."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from flashgpt.config import TrainConfig
+from flashgpt.train.muon import Muon
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+Role = Literal["matrix", "embedding", "vector"]
 
-
-def build(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (fused): matrices and embeddings decay, biases and LayerNorm gains do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
-
-
-def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors, `<parameter name>.<moment>`."""
-    return {
-        f"{name}.{moment}": optimizer.state[parameter][moment]
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-        for moment in MOMENTS
-    }
+# What a parameter is, by the kind of its module and its name there.
+ROLES: dict[tuple[type[nn.Module], str], Role] = {
+    (nn.Linear, "weight"): "matrix",
+    (nn.Embedding, "weight"): "embedding",
+    (nn.Linear, "bias"): "vector",
+    (nn.LayerNorm, "weight"): "vector",
+    (nn.LayerNorm, "bias"): "vector",
+}
+# A linear layer by its kind, but one row per token, as in the embedding it may be tied to.
+HEAD = "lm_head"
+DECAYS: dict[Role, bool] = {"matrix": True, "embedding": True, "vector": False}
+QUERY_KEY_VALUE = "attn.c_attn.weight"  # three matrices, one above the other
+MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "step"),
+    Muon: ("momentum_buffer",),
+}
 
 
-def load_state_tensors(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
-) -> None:
-    """Restores what `state_tensors` gave, into memory of its own.
+def roles(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Role]]:
+    """Name, parameter and role of all that is trained; a shared weight once, under its first name.
 
     Raises:
-        ValueError: the tensors are not those of this model.
+        KeyError: a kind of module that ROLES does not list.
     """
-    names = [name for name, _ in model.named_parameters()]
-    expected = {f"{name}.{moment}" for name in names for moment in MOMENTS}
-    if tensors and set(tensors) != expected:
-        odd = sorted(set(tensors) ^ expected)[0]
-        raise ValueError(f"optimizer state does not fit the model: {odd!r} is on one side only")
-    for name, parameter in model.named_parameters():
-        if not tensors:
-            return
-        # Memory-mapped tensors are 8-byte aligned and may take other code paths: copy them.
-        optimizer.state[parameter] = {
-            "exp_avg": torch.empty_like(parameter).copy_(tensors[f"{name}.exp_avg"]),
-            "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"{name}.exp_avg_sq"]),
-            "step": tensors[f"{name}.step"].to(parameter.device, copy=True),
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    for path, module in model.named_modules():
+        for own_name, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{own_name}"
+            if names.get(parameter) == name:
+                role = ROLES[type(module), own_name]
+                yield name, parameter, "embedding" if path == HEAD else role
+
+
+class Optimizer:
+    """The rules of one model and their state. Made by `build`.
+
+    Args:
+        names: every parameter's name.
+        parts: PyTorch's optimizers, which share the parameters out among them.
+    """
+
+    def __init__(self, names: dict[nn.Parameter, str], parts: list[torch.optim.Optimizer]) -> None:
+        self.names = names
+        self.parts = parts
+
+    def set_rate(self, rate: float) -> None:
+        """Sets the learning rate of the steps to come."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+
+    def step(self, refused: Tensor | None = None) -> None:
+        """One update from the gradients; asks the device for nothing.
+
+        Args:
+            refused: 0-d float tensor on the device of the parameters. 1.0 leaves weights, moments
+                and step counts bit for bit as they are, whatever the gradients hold; 0.0 changes
+                nothing about the step.
+        """
+        for part in self.parts:
+            part.found_inf = refused  # type: ignore[attr-defined]  # read by fused optimizers
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Lets go of the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The state as flat tensors, `<parameter name>.<moment>`; empty before the first step."""
+        return {
+            f"{self.names[parameter]}.{moment}": part.state[parameter][moment]
+            for part, parameter, moment in self._moments()
+            if parameter in part.state
         }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what `state_tensors` gave, into memory of its own.
+
+        Raises:
+            ValueError: the tensors are not those of this model and optimizer.
+        """
+        moments = list(self._moments())
+        expected = {f"{self.names[parameter]}.{moment}" for _, parameter, moment in moments}
+        if tensors and set(tensors) != expected:
+            odd = sorted(set(tensors) ^ expected)[0]
+            raise ValueError(f"optimizer state does not fit the model: {odd!r} is on one side only")
+        for part in self.parts:
+            part.state.clear()
+        for part, parameter, moment in moments if tensors else ():
+            # Memory-mapped tensors are 8-byte aligned and may take other code paths: copy them.
+            tensor = tensors[f"{self.names[parameter]}.{moment}"]
+            part.state[parameter][moment] = tensor.to(parameter.device, copy=True)
+
+    def _moments(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter, str]]:
+        """Every moment there is after a step: whose, of which parameter, its name."""
+        for part in self.parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    for moment in MOMENTS[type(part)]:
+                        yield part, parameter, moment
+
+
+def build(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """AdamW (fused) for every parameter; with `config.optimizer` "muon", Muon for the matrices.
+
+    The query, key and value matrices, which one parameter holds, are three to Muon.
+    """
+    names = {parameter: name for name, parameter, _ in roles(model)}
+    by_role: dict[Role, list[nn.Parameter]] = {role: [] for role in DECAYS}
+    for _, parameter, role in roles(model):
+        by_role[role].append(parameter)
+    parts: list[torch.optim.Optimizer] = []
+    if config.optimizer == "muon":
+        split: dict[int, list[nn.Parameter]] = {1: [], 3: []}
+        for parameter in by_role.pop("matrix"):
+            split[3 if names[parameter].endswith(QUERY_KEY_VALUE) else 1].append(parameter)
+        matrices = [{"params": found, "split": count} for count, found in split.items()]
+        parts.append(Muon(matrices, lr=config.lr, weight_decay=config.weight_decay))
+    groups = [
+        {"params": found, "weight_decay": config.weight_decay if DECAYS[role] else 0.0}
+        for role, found in by_role.items()
+    ]
+    betas = (config.beta1, config.beta2)
+    parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True))
+    return Optimizer(names, parts)
+
+
+def state_tensors(optimizer: Optimizer, _: nn.Module) -> dict[str, Tensor]:
+    """As the method of that name."""
+    return optimizer.state_tensors()
+
+
+def load_state_tensors(optimizer: Optimizer, _: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """As the method of that name."""
+    optimizer.load_state_tensors(tensors)

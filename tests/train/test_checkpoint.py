@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError
 
 import flashgpt
-from flashgpt.train import checkpoint
+from flashgpt.config import TrainConfig
+from flashgpt.train import checkpoint, optimizer
 from flashgpt.train.checkpoint import DamagedError, check, good, load, steps
 
 FILES = [
@@ -175,10 +176,10 @@ def test_saving_over_a_checkpoint_replaces_it_whole(copied: Any, tmp_path: Path)
     """A damaged checkpoint of the step makes room only for a complete new one."""
     model, tokenizer = load(copied.folder)
     assert tokenizer is not None
-    optimizer = torch.optim.AdamW(model.parameters())
+    adamw = optimizer.build(model, TrainConfig())
     newest = copied.checkpoints[-1]
     (newest / "config.json").write_text("{}")
-    path = checkpoint.save(copied.folder, model, optimizer, tokenizer, {"step": 12})
+    path = checkpoint.save(copied.folder, model, adamw, tokenizer, {"step": 12})
     assert path == newest and check(newest).step == 12
     assert sorted(p.name for p in newest.parent.iterdir()) == [p.name for p in copied.checkpoints]
 

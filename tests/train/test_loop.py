@@ -53,12 +53,21 @@ def data(run: RunConfig) -> TokenData:
     return TokenData.open(prepare(run.data))
 
 
-@pytest.mark.parametrize("masks", ["shared", "kernel"])
-@pytest.mark.parametrize("use_flash", [True, False])
+@pytest.mark.parametrize(
+    ("use_flash", "masks", "kind"),
+    [
+        (True, "shared", "adamw"),
+        (True, "kernel", "adamw"),
+        (False, "shared", "adamw"),
+        (False, "kernel", "adamw"),
+        (True, "shared", "muon"),
+    ],
+)
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
-    tmp_path: Path, train: Callable[..., Any], cli: Cli, use_flash: bool, masks: str
+    tmp_path: Path, train: Callable[..., Any], cli: Cli, use_flash: bool, masks: str, kind: str
 ) -> None:
     switch = ("--model.use-flash", use_flash, "--train.dropout-masks", masks)
+    switch += ("--train.optimizer", kind)
     whole = train(tmp_path / "whole", *switch)
     halves = train(tmp_path / "halves", *switch, "--train.stop-at", 6)
     assert len(halves.metrics) == 6
@@ -88,7 +97,7 @@ def test_that_comparison_sees_anything_not_restored(
     if lost == "weights":
         monkeypatch.setattr(loop.checkpoint.huggingface, "load_weights", lambda *_: None)
     elif lost == "moments":
-        monkeypatch.setattr(optimizer, "load_state_tensors", lambda *_: None)
+        monkeypatch.setattr(optimizer.Optimizer, "load_state_tensors", lambda *_: None)
     elif lost == "masks":
         monkeypatch.setattr(loop, "dropout_seed", lambda seed, step: dropout_seed(seed, step - 8))
     else:
@@ -121,11 +130,12 @@ def test_more_steps_go_on_from_the_last(copied: Any, cli: Cli) -> None:
     assert copied.checkpoints[-1].name == "step_00000014"
 
 
-@pytest.mark.parametrize(("name", "value"), [("seed", 7), ("tokens-per-step", 384)])
-def test_what_makes_batches_and_masks_does_not_change_on_resume(
-    name: str, value: int, copied: Any, cli: Cli
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", 7), ("tokens-per-step", 384), ("optimizer", "muon")]
+)
+def test_what_makes_batches_masks_and_moments_does_not_change_on_resume(
+    name: str, value: object, copied: Any, cli: Cli
 ) -> None:
-    """The optimizer is fixed as well; there is only one to choose so far."""
     command = ("train", "--resume", "--out", copied.folder, "--train.steps", 14)
     refused = cli(*command, f"--train.{name}", value).error(1)
     assert f"train.{name.replace('-', '_')} must be " in refused and f"got {value}" in refused
@@ -211,10 +221,12 @@ def test_other_text_does_not_resume(copied: Any, cli: Cli, tmp_path: Path) -> No
     assert len(copied.metrics) == 12
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_the_loss_falls_on_text_that_can_be_learnt(
-    tmp_path: Path, train: Callable[..., Any]
+    tmp_path: Path, train: Callable[..., Any], kind: str
 ) -> None:
-    learnt = train(tmp_path / "run", "--train.steps", 120, "--train.checkpoint-every", 0)
+    options = ("--train.steps", 120, "--train.checkpoint-every", 0, "--train.optimizer", kind)
+    learnt = train(tmp_path / "run", *options)
     first, last = learnt.metrics[0], learnt.metrics[-1]
     assert first["loss"] == pytest.approx(5.55, abs=0.15)  # ln 257 = 5.549
     assert last["loss"] < 2.0 and last["val_loss"] < 2.0

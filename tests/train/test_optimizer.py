@@ -1,38 +1,136 @@
-"""AdamW: what decays, what is clipped, state by name. pytest tests/train/test_optimizer.py"""
+"""The optimizer: roles, decay, clipping, refusals, state by name.
+
+pytest tests/train/test_optimizer.py
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor
 
 from flashgpt.config import TrainConfig
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.train import optimizer
+from flashgpt.train.muon import Muon
 
 CFG = dict(vocab_size=11, context_length=4, emb_dim=8, n_heads=2, n_layers=1, drop_rate=0.0)
+OPTIMIZERS: list[Literal["adamw", "muon"]] = ["adamw", "muon"]
+MATRICES = {"c_attn.weight", "c_proj.weight", "c_fc.weight"}
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_matrices_decay_and_vectors_do_not(tied: bool) -> None:
+def test_every_parameter_has_one_role(tied: bool) -> None:
     model = GPTModel({**CFG, "qkv_bias": True, "tie_weights": tied})
-    config = TrainConfig(lr=0.5, weight_decay=0.2, beta1=0.8, beta2=0.9)
+    found = {name: role for name, _, role in optimizer.roles(model)}
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    for name, role in found.items():
+        if name in ("wte.weight", "wpe.weight", "lm_head.weight"):
+            assert role == "embedding"
+        else:
+            is_matrix = ".".join(name.split(".")[-2:]) in MATRICES
+            assert role == ("matrix" if is_matrix else "vector"), name
+    assert ("lm_head.weight" in found) == (not tied)
+
+
+def test_a_module_of_unknown_kind_has_no_role() -> None:
+    with pytest.raises(KeyError, match="Conv1d"):
+        list(optimizer.roles(torch.nn.Sequential(torch.nn.Conv1d(2, 2, 1))))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_and_embeddings_decay_and_vectors_do_not(
+    tied: bool, kind: Literal["adamw", "muon"]
+) -> None:
+    model = GPTModel({**CFG, "qkv_bias": True, "tie_weights": tied})
+    config = TrainConfig(optimizer=kind, lr=0.9, weight_decay=0.2, beta1=0.8, beta2=0.9)
     made = optimizer.build(model, config)
-    grouped = [p for group in made.param_groups for p in group["params"]]
+    groups = [group for part in made.parts for group in part.param_groups]
+    grouped = [p for group in groups for p in group["params"]]
     assert {id(p) for p in grouped} == {id(p) for p in model.parameters()}
     assert len(grouped) == len(list(model.parameters()))
-    assert all(group["betas"] == (0.8, 0.9) for group in made.param_groups)
+    assert all(group.get("betas", (0.8, 0.9)) == (0.8, 0.9) for group in groups)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
+    made.set_rate(0.5)
     made.step()
     for name, p in model.named_parameters():
         decays = not name.endswith("bias") and "ln_" not in name
         assert torch.equal(p, before[name] * (1 - 0.5 * 0.2) if decays else before[name]), name
+    made.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_muon_updates_the_matrices_and_sees_query_key_and_value_apart() -> None:
+    model = GPTModel({**CFG, "qkv_bias": True})
+    made = optimizer.build(model, TrainConfig(optimizer="muon"))
+    give_gradients(model, 0)
+    made.step()
+    by_muon = {n for n, p in model.named_parameters() if "momentum_buffer" in state_of(made, p)}
+    by_adamw = {n for n, p in model.named_parameters() if "exp_avg" in state_of(made, p)}
+    assert by_muon == {name for name, _, role in optimizer.roles(model) if role == "matrix"}
+    assert by_adamw == {name for name, _ in model.named_parameters()} - by_muon
+    parts = [part for part in made.parts if isinstance(part, Muon)]
+    split = {
+        made.names[p]: g["split"] for part in parts for g in part.param_groups for p in g["params"]
+    }
+    assert {name for name, count in split.items() if count == 3} == {"h.0.attn.c_attn.weight"}
+    assert set(split.values()) == {1, 3}
+
+
+def state_of(made: optimizer.Optimizer, parameter: torch.nn.Parameter) -> dict[str, Any]:
+    """The moments of a parameter, whichever rule it has."""
+    found: dict[str, Any] = {}
+    for part in made.parts:
+        found |= part.state.get(parameter, {})
+    return found
+
+
+def give_gradients(model: GPTModel, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_refused_step_changes_no_bit_and_the_next_is_as_if_it_had_not_been(
+    kind: Literal["adamw", "muon"],
+) -> None:
+    def run(refusals: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = GPTModel(CFG)
+        made = optimizer.build(model, TrainConfig(optimizer=kind, lr=0.01))
+
+        def bits() -> dict[str, Tensor]:
+            weights = {name: p.detach() for name, p in model.named_parameters()}
+            tensors = weights | made.state_tensors()
+            return {name: t.clone().view(torch.int32) for name, t in tensors.items()}
+
+        for number in range(3):
+            if refusals:
+                before = bits()
+                for p in model.parameters():
+                    p.grad = torch.full_like(p, torch.nan)
+                made.step(torch.tensor(1.0))
+                after = bits()
+                if number == 0:  # the state is there from now on, and is zero
+                    assert not any(after.pop(name).any() for name in after.keys() - before)
+                assert after.keys() == before.keys()
+                assert all(torch.equal(after[name], before[name]) for name in before)
+            give_gradients(model, number)
+            made.step(torch.tensor(0.0) if refusals else None)
+        return bits()
+
+    one, other = run(refusals=True), run(refusals=False)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_gradient_is_clipped_to_its_norm(tmp_path: Path, train: Callable[..., Any]) -> None:
@@ -49,25 +147,35 @@ def test_the_gradient_is_clipped_to_its_norm(tmp_path: Path, train: Callable[...
     assert len(set(norms.values())) == 1  # what is logged is the norm before clipping
 
 
-def test_state_goes_by_the_names_of_the_parameters() -> None:
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_state_goes_by_the_names_of_the_parameters(kind: Literal["adamw", "muon"]) -> None:
     model, twin = GPTModel(CFG), GPTModel(CFG)
-    first, second = (optimizer.build(m, TrainConfig()) for m in (model, twin))
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
+    first, second = (optimizer.build(m, TrainConfig(optimizer=kind)) for m in (model, twin))
+    give_gradients(model, 0)
     first.step()
-    tensors = optimizer.state_tensors(first, model)
-    names = {name for name, _ in model.named_parameters()}
-    assert set(tensors) == {f"{n}.{m}" for n in names for m in ("exp_avg", "exp_avg_sq", "step")}
-    optimizer.load_state_tensors(second, twin, tensors)
-    again = optimizer.state_tensors(second, twin)
+    tensors = first.state_tensors()
+    expected = set()
+    for name, _, role in optimizer.roles(model):
+        muon = kind == "muon" and role == "matrix"
+        moments = ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq", "step")
+        expected |= {f"{name}.{moment}" for moment in moments}
+    assert set(tensors) == expected
+    second.load_state_tensors(tensors)
+    again = second.state_tensors()
     assert all(torch.equal(tensors[name], again[name]) for name in tensors)
     assert all(tensors[name].data_ptr() != again[name].data_ptr() for name in tensors)
 
 
-def test_state_of_another_model_is_refused() -> None:
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_state_of_another_model_or_optimizer_is_refused(kind: Literal["adamw", "muon"]) -> None:
     model = GPTModel(CFG)
-    made = optimizer.build(model, TrainConfig())
+    made = optimizer.build(model, TrainConfig(optimizer=kind))
     with pytest.raises(ValueError, match=r"does not fit the model: 'h\.0"):
-        optimizer.load_state_tensors(made, model, {"wte.weight.exp_avg": torch.zeros(1)})
-    optimizer.load_state_tensors(made, model, {})  # a checkpoint of step 0
-    assert optimizer.state_tensors(made, model) == {}
+        made.load_state_tensors({"wte.weight.exp_avg": torch.zeros(1)})
+    other = optimizer.build(model, TrainConfig(optimizer="adamw" if kind == "muon" else "muon"))
+    give_gradients(model, 0)
+    other.step()
+    with pytest.raises(ValueError, match=r"'h\.0\.attn\.c_attn\.weight\.\w+' is on one side only"):
+        made.load_state_tensors(other.state_tensors())
+    made.load_state_tensors({})  # a checkpoint of step 0
+    assert made.state_tensors() == {}
