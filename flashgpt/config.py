@@ -206,10 +206,19 @@ class TrainConfig:
         int | None, Doc("sequences in one forward pass; the whole step's when left out")
     ] = None
     lr: Annotated[float, Doc("peak learning rate")] = 1e-3
-    min_lr: Annotated[float, Doc("learning rate at the last step, as a fraction of lr")] = 0.1
+    schedule: Annotated[
+        Literal["cosine", "wsd", "constant"],
+        Doc("after warmup: cosine to min_lr; wsd: lr, at the end linear to min_lr; constant: lr"),
+    ] = "cosine"
+    min_lr: Annotated[
+        float, Doc("learning rate at the last step, as a fraction of lr; not with constant")
+    ] = 0.1
     warmup_steps: Annotated[int | None, Doc("linear warmup (steps); 1/20 of steps if left out")] = (
         None
     )
+    decay_steps: Annotated[
+        int | None, Doc("wsd only: linear decay at the end (steps); 1/5 of steps if left out")
+    ] = None
     optimizer: Annotated[
         Literal["adamw", "muon"], Doc("muon: Muon for the blocks' matrices, AdamW for the rest")
     ] = "adamw"
@@ -250,7 +259,9 @@ class TrainConfig:
         check_types(self, "train")
         at_least = dict(steps=1, tokens_per_step=1, log_every=1, eval_tokens=1)
         at_least |= dict(eval_every=0, checkpoint_every=0, keep_checkpoints=0, seed=0)
-        at_least |= dict(stop_at=1, micro_batch=1, warmup_steps=0, final_eval_tokens=1)
+        at_least |= dict(
+            stop_at=1, micro_batch=1, warmup_steps=0, decay_steps=1, final_eval_tokens=1
+        )
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -268,6 +279,16 @@ class TrainConfig:
         if (self.warmup_steps or 0) > self.steps:
             raise ValueError(
                 f"train.warmup_steps must be at most steps ({self.steps}), got {self.warmup_steps}"
+            )
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(
+                f"train.decay_steps must be left out with train.schedule {self.schedule!r}, got "
+                f"{self.decay_steps}; it is for 'wsd'"
+            )
+        if (self.warmup_steps or 0) + (self.decay_steps or 0) > self.steps:
+            raise ValueError(
+                f"train.decay_steps must be at most the {self.steps - (self.warmup_steps or 0)} "
+                f"steps after warmup, got {self.decay_steps}"
             )
         if self.seed >= 2**63:
             raise ValueError(f"train.seed must be in [0, 2^63), got {self.seed}")

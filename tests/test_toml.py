@@ -58,6 +58,7 @@ RUNS = st.builds(
         beta1=FLOATS,
         weight_decay=st.floats(0, 1e300),
         warmup_steps=_optional(st.integers(0, 9)),
+        schedule=st.sampled_from(["cosine", "wsd", "constant"]),
         precision=st.sampled_from(["auto", "fp32", "bf16"]),
     ),
     st.builds(SampleConfig, prompt=st.text(), temperature=FLOATS, top_k=st.integers(0, 99)),
