@@ -246,6 +246,9 @@ class TrainConfig:
     deterministic: Annotated[
         bool, Doc("CUDA: only algorithms that repeat bit for bit (the CPU's always do)")
     ] = False
+    activation_checkpointing: Annotated[
+        bool, Doc("recompute each block in backward: less memory, about a third more time")
+    ] = False
     dropout_masks: Annotated[
         Literal["shared", "kernel"],
         Doc("attention dropout: the same masks on every kernel, or each kernel's own"),

@@ -94,6 +94,7 @@ class Trainer:
         self.model.set_attention(
             own_masks=config.dropout_masks == "kernel", deterministic=config.deterministic
         )
+        self.model.set_checkpointing(config.activation_checkpointing)
         self.tokenizer = tokenizer
         self.config = config
         self.rows = config.rows(model.cfg.context_length)  # sequences in one optimizer step

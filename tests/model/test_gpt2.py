@@ -17,10 +17,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from flashgpt.attention import kernels
 from flashgpt.config import PRESETS, preset
 from flashgpt.interop import huggingface
+from flashgpt.measure.memory import peak_bytes
+from flashgpt.model import gpt2
 from flashgpt.model.gpt2 import GPTModel, check_ids
 from flashgpt.orchestrator import CFG as DOCUMENTED
 
@@ -396,6 +399,83 @@ def test_a_compiled_model_trains_like_the_eager_one() -> None:
             loss.backward()
             found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             assert_close({"loss": loss.detach(), **found}, eager, atol=2e-6)
+
+
+# ---- activation checkpointing
+
+
+def drawn_gradients(
+    model: GPTModel, forward: Any = None, seeds: tuple[int | None, ...] = (5, None)
+) -> list[Tensor]:
+    """Loss and gradients with dropout, for masks of a seed and of torch's generator (None)."""
+    found = []
+    for seed in seeds:
+        model.zero_grad()
+        model.set_dropout(seed)
+        torch.manual_seed(7)
+        loss = (model if forward is None else forward)(ids_of(), ids_of(seed=1))
+        loss.backward()
+        found += [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    return found
+
+
+@pytest.mark.parametrize("own_masks", [False, True])
+@pytest.mark.parametrize("use_flash", [True, False])
+def test_checkpointing_computes_the_blocks_twice_and_the_same(
+    use_flash: bool, own_masks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(drop_rate=0.2, use_flash=use_flash)
+    model.set_attention(own_masks=own_masks)
+    passes: list[int] = []
+    for block in model.h:
+        block.register_forward_pre_hook(lambda *_: passes.append(1))
+    plain = drawn_gradients(model)
+    assert len(passes) == 2 * 2
+    model.set_checkpointing(True)
+    again = drawn_gradients(model)
+    assert len(passes) == 2 * 2 + 2 * 2 * 2
+    assert len(again) == len(plain) and all(map(torch.equal, again, plain))
+    model.eval()(ids_of(), ids_of()).backward()
+    with torch.no_grad():
+        model.train()(ids_of(), ids_of())
+    assert len(passes) == 12 + 2 + 2  # neither evaluates a block twice
+    model.set_checkpointing(False)
+    assert all(map(torch.equal, drawn_gradients(model), plain))
+
+    def forgetful(*arguments: Any, preserve_rng_state: bool, **options: Any) -> Any:
+        assert preserve_rng_state == own_masks
+        return checkpoint(*arguments, preserve_rng_state=False, **options)
+
+    monkeypatch.setattr(gpt2, "checkpoint", forgetful)
+    model.set_checkpointing(True)
+    assert all(map(torch.equal, drawn_gradients(model), plain)) == (not own_masks)
+
+
+@pytest.mark.parametrize("use_flash", [True, False])
+def test_a_compiled_model_checkpoints_like_the_eager_one(use_flash: bool) -> None:
+    model = make(drop_rate=0.2, use_flash=use_flash)
+    plain = drawn_gradients(model, seeds=(5,))
+    model.set_checkpointing(True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, drawn_gradients(model, compiled, seeds=(5,)), plain))
+
+
+def test_checkpointing_takes_less_memory() -> None:
+    """Of 16 layers, what one keeps instead of 16, and 16 inputs of D numbers per token.
+
+    A layer keeps about 18 D numbers a token and N T more for its weights of attention; 16 of
+    those over one and 16 inputs is above 8, and half of that is left to everything else.
+    """
+    cfg = {**CFG, "emb_dim": 32, "n_heads": 2, "n_layers": 16, "context_length": 64}
+    model = GPTModel({**cfg, "use_flash": False})
+    ids = ids_of(8, 64)
+    model(ids, ids).backward()  # the gradients are there before and after
+    peaks = {}
+    for on in (False, True):
+        model.set_checkpointing(on)
+        peaks[on] = peak_bytes(lambda: model(ids, ids).backward(), torch.device("cpu"))
+    assert 4 * peaks[True] < peaks[False], peaks
 
 
 # ---- what is refused

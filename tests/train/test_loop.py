@@ -88,6 +88,21 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
     assert all(f"attention: {line}" in shown for line in lines)
 
 
+def test_activation_checkpointing_changes_no_bit(
+    tmp_path: Path, train: Callable[..., Any], trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switched: list[bool] = []
+    set_checkpointing = GPTModel.set_checkpointing
+    monkeypatch.setattr(
+        GPTModel,
+        "set_checkpointing",
+        lambda self, on: (switched.append(on), set_checkpointing(self, on)),
+    )
+    run = train(tmp_path / "run", "--train.activation-checkpointing", True)
+    assert switched == [True]
+    assert run.same_as(trained) and run.metrics == trained.metrics
+
+
 @pytest.mark.parametrize("lost", ["weights", "moments", "masks", "batches"])
 def test_that_comparison_sees_anything_not_restored(
     trained: Any, copied: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch, lost: str
