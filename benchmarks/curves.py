@@ -55,8 +55,8 @@ from flashgpt.data.batches import Batches
 from flashgpt.data.shards import TokenSplit
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.train import optimizer
-from flashgpt.train.loop import dropout_seed
 from flashgpt.train.schedule import learning_rate
+from flashgpt.train.step import dropout_seed
 
 RUNS = ("flash", "standard", "control")
 CALM, STEEP = 6e-4, 3e-3  # learning rates: rounding stays small, rounding is amplified

@@ -238,9 +238,17 @@ class TrainConfig:
         int, Doc("newest checkpoints that stay, besides the best one; 0 = all")
     ] = 3
     log_every: Annotated[int, Doc("steps between log lines")] = 1
+    guard: Annotated[
+        Literal["stop", "rollback"],
+        Doc("after 3 bad steps in a row: stop, or go back to a checkpoint and pass their batches"),
+    ] = "stop"
+    guard_zscore: Annotated[
+        float, Doc("a step this many standard deviations above the last 128 is bad; 0 = never")
+    ] = 8.0
     seed: Annotated[int, Doc("seed of weights, data order and dropout")] = 1337
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"], Doc("auto: bf16 autocast on CUDA, fp32 on the CPU")
+        Literal["auto", "fp32", "bf16", "fp16"],
+        Doc("auto: bf16 autocast on CUDA, fp32 on the CPU; fp16 scales the loss"),
     ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], Doc("auto: CUDA if there is any")] = "auto"
     deterministic: Annotated[
@@ -269,7 +277,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"train.{name} must be at least {least}, got {value}")
-        for name in ("weight_decay", "grad_clip", "min_lr"):
+        for name in ("weight_decay", "grad_clip", "min_lr", "guard_zscore"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must not be negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):

@@ -20,8 +20,9 @@ from flashgpt.fields import check_keys, documented_fields
 from flashgpt.generation.decode import TextGenerator, check_prompt
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.tokenizer import Tokenizer
-from flashgpt.train.loop import Listener, Result, Trainer
+from flashgpt.train.loop import Listener, Result
 from flashgpt.train.record import add_sample
+from flashgpt.train.trainer import Trainer
 
 CFG: dict[str, Any] = {
     "vocab_size": 50257,  # token ids the model knows (count); GPT-2's

@@ -24,6 +24,7 @@ from flashgpt.cli import main
 
 WORDS = ("cat", "sat", "mat", "old", "dogs", "ran", "over", "green", "hills", "and", "slept")
 STEPS = 12
+MEASURED = ("tokens_per_second", "data_seconds", "peak_memory_bytes")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -68,10 +69,10 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The objects of metrics.jsonl, without the one key that is measured in seconds."""
+        """The objects of metrics.jsonl, without what is measured in seconds and bytes."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         entries = [json.loads(line) for line in lines]
-        return [{k: v for k, v in e.items() if k != "tokens_per_second"} for e in entries]
+        return [{k: v for k, v in e.items() if k not in MEASURED} for e in entries]
 
     def tensors(self, step: int = -1) -> dict[str, Tensor]:
         """Weights and optimizer state of a checkpoint (the last one when left out)."""

@@ -117,7 +117,7 @@ def test_a_model_that_cannot_be_is_refused(change: dict[str, Any], message: str)
         (TrainConfig, {"grad_clip": -1}, "train.grad_clip must not be negative"),
         (TrainConfig, {"beta2": 1.0}, r"train.beta2 must be in \[0, 1\)"),
         (TrainConfig, {"optimizer": "sgd"}, "train.optimizer must be one of adamw, muon"),
-        (TrainConfig, {"precision": "fp16"}, "train.precision must be one of auto, fp32, bf16"),
+        (TrainConfig, {"precision": "fp8"}, "train.precision must be one of auto, fp32, bf16"),
         (SampleConfig, {"max_new_tokens": 0}, "sample.max_new_tokens must be at least 1"),
         (SampleConfig, {"temperature": -0.1}, "sample.temperature must not be negative"),
         (SampleConfig, {"top_k": -1}, "sample.top_k must not be negative"),

@@ -89,7 +89,7 @@ def test_imports_point_one_way(module: str) -> None:
         ("flashgpt.attention.heads", "import flashgpt.config", True),
         ("flashgpt.attention.heads", "def f():\n    from flashgpt import model", True),
         ("flashgpt.attention.heads", "from flashgpt.attention import dropout", False),
-        ("flashgpt.model.gpt2", "from flashgpt.train.loop import Trainer", True),
+        ("flashgpt.model.gpt2", "from flashgpt.train.trainer import Trainer", True),
         ("flashgpt.model.gpt2", "from flashgpt.generation.cache import KVCache", True),
         ("flashgpt.model.gpt2", "from flashgpt import interop", True),
         ("flashgpt.model.gpt2", "from flashgpt.attention.heads import X", False),

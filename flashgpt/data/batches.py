@@ -78,9 +78,16 @@ class Batches:
             raise ValueError(
                 f"rows must be within the batch's {self._rows}, got first {first}, count {count}"
             )
-        begin = step * self._rows + first
+        return self._windows.gather(self._indices(step * self._rows + first, count))
+
+    def windows(self, step: int) -> list[tuple[int, int]]:
+        """Where each row of a step's batch stands: number of the shard, offset in it (tokens)."""
+        return [self._windows.place(at) for at in self._indices(step * self._rows, self._rows)]
+
+    def _indices(self, begin: int, count: int) -> list[int]:
+        """The windows of samples `begin` to `begin + count`, counted through all epochs."""
         places = (divmod(sample, self.n_windows) for sample in range(begin, begin + count))
-        return self._windows.gather([int(self._order(epoch)[at]) for epoch, at in places])
+        return [int(self._order(epoch)[at]) for epoch, at in places]
 
     def epochs(self, step: int) -> float:
         """How many times the windows have been seen after `step` steps."""
@@ -139,13 +146,17 @@ class _Windows:
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.count = sum(counts)
 
+    def place(self, index: int) -> tuple[int, int]:
+        """Shard and offset (tokens) of the window of this number."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        within = index - (int(self._ends[shard - 1]) if shard else 0)
+        return shard, within * self._length
+
     def gather(self, indices: Sequence[int]) -> Batch:
         """The windows of these numbers, as ids and targets."""
         block = np.empty((len(indices), self._length + 1), np.int64)
         for row, index in enumerate(indices):
-            shard = int(np.searchsorted(self._ends, index, side="right"))
-            within = index - (int(self._ends[shard - 1]) if shard else 0)
-            start = within * self._length
+            shard, start = self.place(index)
             block[row] = self._tokens[shard][start : start + self._length + 1]
         return block[:, :-1].copy(), block[:, 1:].copy()
 

@@ -38,7 +38,13 @@ ACTIVATIONS = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu": 
 
 def save(model: GPTModel, folder: Path, *, eos_id: int | None) -> None:
     """Writes config.json and model.safetensors into an existing folder."""
-    cfg = model.cfg
+    save_tensors(model.cfg, model.state_dict(), folder, eos_id=eos_id)
+
+
+def save_tensors(
+    cfg: GPTConfig, own: dict[str, Tensor], folder: Path, *, eos_id: int | None
+) -> None:
+    """Like `save`, of parameters by our names."""
     config = {
         "architectures": ["GPT2LMHeadModel"],
         **FIXED,
@@ -56,17 +62,16 @@ def save(model: GPTModel, folder: Path, *, eos_id: int | None) -> None:
         "tie_word_embeddings": cfg.tie_weights,
         "bos_token_id": eos_id,
         "eos_token_id": eos_id,
-        "dtype": str(model.wte.weight.dtype).removeprefix("torch."),
+        "dtype": str(own["wte.weight"].dtype).removeprefix("torch."),
         NOTE: {"qkv_bias": cfg.qkv_bias, "use_flash": cfg.use_flash},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    own = model.state_dict()
     tensors = {}
     for row in _rows(cfg):
         if row.ours in own:
             tensor = own[row.ours].T if row.transposed else own[row.ours]
         else:
-            tensor = torch.zeros(3 * cfg.emb_dim, dtype=model.wte.weight.dtype)
+            tensor = torch.zeros(3 * cfg.emb_dim, dtype=own["wte.weight"].dtype)
         tensors[row.theirs] = tensor.contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

@@ -28,10 +28,14 @@ def draw_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    trained = [m for m in metrics if "loss" in m]
+    trained = [m for m in metrics if "loss" in m and "skipped" not in m]
     steps, losses = [m["step"] for m in trained], [m["loss"] for m in trained]
     top.plot(steps, losses, color="#9bb8d3", linewidth=0.8, label="training, each step")
     top.plot(steps, _smooth(losses), color="#1f5a93", linewidth=1.6, label="training, smoothed")
+    skipped = [m["step"] for m in metrics if "skipped" in m]
+    for number, step in enumerate(skipped):
+        label = "" if number else f"left out by the guard ({len(skipped)})"
+        top.axvline(step, color="#b03030", linewidth=0.8, linestyle=":", label=label)
     judged = [m for m in metrics if "val_loss" in m]
     if judged:
         last, bits = judged[-1]["val_loss"], judged[-1]["bits_per_byte"]

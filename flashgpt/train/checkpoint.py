@@ -3,7 +3,8 @@
     checkpoints/step_00000100/
       config.json  model.safetensors  tokenizer.json ...   what `transformers` loads as it is
       trainer/optimizer.safetensors                         moments, by parameter name
-      trainer/state.json                                    format, step, receipt, versions
+      trainer/guard.safetensors                             what the guard remembers (format 2)
+      trainer/state.json                                    format, step, seed, receipt, settings
       trainer/digests.json                                  BLAKE2b of every other file
 
 Written to a folder whose name starts with a dot, flushed to disk, then renamed: a folder without a
@@ -26,15 +27,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from flashgpt.config import GPTConfig
 from flashgpt.interop import huggingface
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.tokenizer import Tokenizer
-from flashgpt.train import optimizer as optim
+from flashgpt.train.parts import Parts
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "checkpoints"
 TEMPORARY = ".saving-"
+SMALL_FILES = 16 * 2**20  # bytes: tokenizer, config, digests, and some air
 MAY_DIFFER = ("use_flash", "drop_rate")  # config keys that a resumed run may change
 
 
@@ -60,32 +64,47 @@ def name_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(
-    run: Path,
-    model: GPTModel,
-    optimizer: torch.optim.Optimizer,
-    tokenizer: Tokenizer,
-    state: dict[str, Any],
-) -> Path:
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a checkpoint is made of, apart from the objects that train.
+
+    Attributes:
+        weights: parameters by our names, on the host; shared ones once.
+        optimizer, guard: what these gave as `state_tensors`, on the host.
+        state: goes into state.json; has `step`.
+    """
+
+    cfg: GPTConfig
+    tokenizer: Tokenizer
+    state: dict[str, Any]
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    guard: dict[str, Tensor]
+
+
+def save(run: Path, contents: Contents) -> Path:
     """Writes the checkpoint of `state["step"]` and returns its folder.
 
     Raises:
         OSError: it cannot be written, with a message that says what to do; earlier checkpoints stay
             as they are.
     """
+    tensors = [*contents.weights.values(), *contents.optimizer.values()]
+    check_space(run, sum(tensor.nbytes for tensor in tensors))
     parent = run / FOLDER
-    final = parent / name_of(state["step"])
+    final = parent / name_of(contents.state["step"])
     temporary = parent / (TEMPORARY + final.name)
     try:
         parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         trainer = temporary / "trainer"
         trainer.mkdir(parents=True)
-        huggingface.save(model, temporary, eos_id=tokenizer.eos_id)
-        tokenizer.save(temporary)
-        tensors = optim.state_tensors(optimizer, model)
-        save_file(tensors, trainer / "optimizer.safetensors")
-        write_json(trainer / "state.json", {"format": FORMAT, **state})
+        eos_id = contents.tokenizer.eos_id
+        huggingface.save_tensors(contents.cfg, contents.weights, temporary, eos_id=eos_id)
+        contents.tokenizer.save(temporary)
+        save_file(contents.optimizer, trainer / "optimizer.safetensors")
+        save_file(contents.guard, trainer / "guard.safetensors")
+        write_json(trainer / "state.json", {"format": FORMAT, **contents.state})
         write_json(trainer / "digests.json", _digests(temporary))
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
@@ -94,6 +113,25 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise _explained(error, final) from error
     return final
+
+
+def check_space(run: Path, n_bytes: int) -> None:
+    """Refuses to begin what would not end.
+
+    Raises:
+        OSError: the disk of the run's folder is gone, or has no room for `n_bytes` of tensors.
+    """
+    try:
+        free = shutil.disk_usage(run).free
+    except OSError as error:
+        raise _explained(error, run) from error
+    needed = n_bytes + SMALL_FILES
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"no space left on the disk for {run}: a checkpoint takes {needed / 1e6:,.0f} MB, "
+            f"{free / 1e6:,.0f} are free; free some, then go on with --resume",
+        )
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -229,27 +267,26 @@ def read_state(run: Path) -> dict[str, Any]:
     return state
 
 
-def load_into(
-    checkpoint: Checkpoint, model: GPTModel, optimizer: torch.optim.Optimizer | None
-) -> None:
-    """Copies weights, and the optimizer's state where one is given.
+def load_into(checkpoint: Checkpoint, parts: Parts) -> None:
+    """Copies weights and the state of optimizer and guard.
 
     Raises:
         ValueError: another model's checkpoint; the key that differs is named. The switch and the
             dropout rate may differ.
     """
     there = huggingface.read_config(checkpoint.path).to_dict()
-    for key, value in model.cfg.to_dict().items():
+    for key, value in parts.model.cfg.to_dict().items():
         if key not in MAY_DIFFER and there[key] != value:
             raise ValueError(
                 f"model.{key} must be {there[key]} as in {checkpoint.path}, got {value}"
             )
     path = checkpoint.path / "model.safetensors"
     with torch.no_grad():
-        huggingface.load_weights(model, load_file(path), str(path))
-    if optimizer is not None:
-        tensors = load_file(checkpoint.path / "trainer" / "optimizer.safetensors")
-        optim.load_state_tensors(optimizer, model, tensors)
+        huggingface.load_weights(parts.model, load_file(path), str(path))
+    trainer = checkpoint.path / "trainer"
+    parts.optimizer.load_state_tensors(load_file(trainer / "optimizer.safetensors"))
+    if (trainer / "guard.safetensors").exists():  # not in format 1
+        parts.guard.load_state_tensors(load_file(trainer / "guard.safetensors"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,45 +1,30 @@
-"""The training loop: batch, forward, backward, clip, step; evaluate, log, save; stop safely.
-
-Owns the order of things in a step. What step t does is a function of the config, the seed and t
-alone - its batch, its dropout masks, its learning rate - so a resumed run repeats the run that was
-not interrupted, bit for bit on the CPU.
-
-Legend: B batch, T positions.
-"""
+"""What happens around the steps of a run: evaluations, log, checkpoints, incidents, the end."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flashgpt.attention import kernels
-from flashgpt.attention.dropout import philox
-from flashgpt.config import RunConfig, TrainConfig
+from flashgpt.config import RunConfig
 from flashgpt.data.batches import Batches
 from flashgpt.data.shards import TokenData
-from flashgpt.model.gpt2 import GPTModel
-from flashgpt.tokenizer import Tokenizer
-from flashgpt.train import checkpoint, optimizer, runtime
+from flashgpt.measure.flops import flop_per_token, peak_flop_per_second
+from flashgpt.train import checkpoint, incident, runtime
+from flashgpt.train.diagnose import diagnose
 from flashgpt.train.evaluate import Evaluation, evaluate
+from flashgpt.train.feed import Feed
+from flashgpt.train.guard import LIMIT_IN_A_ROW, Verdict
+from flashgpt.train.parts import Parts
 from flashgpt.train.record import Record
-from flashgpt.train.schedule import learning_rate
+from flashgpt.train.saver import HostCopies, Saver
+from flashgpt.train.step import Done, Stepper, dropout_seed
 
-DROPOUT_STREAM = 0xD0
-# What a resumed run may not change: these make the batches, the masks and the optimizer's state.
-FIXED = ("seed", "tokens_per_step", "optimizer")
-# What it may change without a word: it takes part in no step.
-FREE = (
-    *("stop_at", "log_every", "eval_every", "eval_tokens", "final_eval_tokens"),
-    *("checkpoint_every", "keep_checkpoints"),
-)
+MOST_ROLLBACKS = 3
 
 
 class TrainingError(RuntimeError):
@@ -74,266 +59,240 @@ class Result:
     interrupted: int | None
 
 
-class Trainer:
-    """Trains a model on prepared tokens.
+@dataclasses.dataclass
+class Run:
+    """One call of `Trainer.fit`.
 
-    Args:
-        model: is trained in place; moved to the device that `config` names.
-        tokenizer: goes into every checkpoint.
-        config: the `[train]` section.
-
-    Raises:
-        ValueError: a device or precision that this machine does not have, or a step that is no
-            whole number of sequences.
+    Attributes:
+        batches: where the tokens of a step stand; `feed` brings them.
+        config: the whole config, as it goes into the folder.
+        stepper: stands at the first step to do.
     """
 
-    def __init__(self, model: GPTModel, tokenizer: Tokenizer, config: TrainConfig) -> None:
-        self.device = runtime.device(config.device)
-        self.autocast = runtime.autocast_dtype(config.precision, self.device)
-        self.model = model.to(self.device)
-        self.model.set_attention(
-            own_masks=config.dropout_masks == "kernel", deterministic=config.deterministic
-        )
-        self.model.set_checkpointing(config.activation_checkpointing)
-        self.tokenizer = tokenizer
-        self.config = config
-        self.rows = config.rows(model.cfg.context_length)  # sequences in one optimizer step
-        self.optimizer = optimizer.build(self.model, config)
+    parts: Parts
+    data: TokenData
+    batches: Batches
+    config: RunConfig
+    record: Record
+    feed: Feed
+    stepper: Stepper
+    saver: Saver
+    signals: runtime.StopSignals
+    listener: Listener
 
-    def fit(
-        self,
-        data: TokenData,
-        out: Path,
-        run: RunConfig,
-        *,
-        resume: bool = False,
-        listener: Listener | None = None,
-    ) -> Result:
-        """Trains from step 0, or from the newest good checkpoint, to the end of the schedule.
+    def __post_init__(self) -> None:
+        self.train = self.parts.config
+        self.last = min(self.train.stop_at or self.train.steps, self.train.steps)
+        self.copies = HostCopies()
+        self.saved: Path | None = None
+        model, device = self.parts.model, self.parts.device
+        self.flop = flop_per_token(model)
+        self.peak = peak_flop_per_second(device, self.parts.autocast)
 
-        SIGINT and SIGTERM end it after the step in hand, with a checkpoint.
-
-        Args:
-            data: the prepared tokens.
-            out: the run's folder.
-            run: the whole config, as it goes into the folder.
-            resume: go on from the newest good checkpoint in `out`.
-            listener: hears about steps, evaluations and events.
-
-        Raises:
-            ValueError: `out` holds checkpoints and `resume` is off, or a config that does not fit.
-            TrainingError: loss or gradient is no longer finite.
-            OSError: a checkpoint cannot be written.
-        """
-        listener = listener or Listener()
-        context = self.model.cfg.context_length
-        batches = Batches(data.train, context, self.rows, self.config.seed)
-        first = self._starting_step(out, data, resume, listener)
-        record = Record(out)
-        record.start(run, first)
-        kernels.clear_receipt()  # the run's record is of this run
-        forward = runtime.compiled(self.model, self.config, listener.note)
-        try:
-            with runtime.repeating(self.config.deterministic), runtime.StopSignals() as signals:
-                return self._steps(first, batches, data, record, forward, signals, listener)
-        finally:
-            self.model.set_dropout(None)
-
-    def time_step(self, data: TokenData, seconds: float) -> float:
-        """Median seconds per optimizer step, from about `seconds` of training.
-
-        Changes the weights: use a trainer that is thrown away.
-        """
-        batches = Batches(data.train, self.model.cfg.context_length, self.rows, self.config.seed)
-        times: list[float] = []
-        while not times or sum(times) < seconds:
-            started = time.perf_counter()
-            self._step(len(times), batches, self.model)
-            times.append(time.perf_counter() - started)
-        self.model.set_dropout(None)
-        return statistics.median(times)
-
-    def _starting_step(self, out: Path, data: TokenData, resume: bool, listener: Listener) -> int:
-        check_start(self.config, out, resume)
-        checkpoint.remove_temporaries(out)
-        if not resume:
-            return 0
-        for found in checkpoint.good(out):
-            if isinstance(found, checkpoint.DamagedError):
-                listener.note(f"passed over: {found}")
-                continue
-            if found.state["data"] != data.fingerprint:
-                raise ValueError(
-                    f"{found.path} was trained on other text or with another tokenizer than "
-                    f"{data.folder}; restore the text, or start anew with another --out"
-                )
-            changes = _changes(found, self.config)
-            checkpoint.load_into(found, self.model, self.optimizer)
-            listener.note(f"goes on from {found.path}")
-            for change in changes:
-                listener.note(change)
-            return found.step
-        listener.note(f"no good checkpoint in {out}: starts at step 0")
-        return 0
-
-    def _steps(
-        self,
-        first: int,
-        batches: Batches,
-        data: TokenData,
-        record: Record,
-        forward: Callable[[Tensor, Tensor], Tensor],
-        signals: runtime.StopSignals,
-        listener: Listener,
-    ) -> Result:
-        config, last = self.config, min(self.config.stop_at or math.inf, self.config.steps)
-        step, evaluation = first, None
-        here = record.folder / checkpoint.FOLDER / checkpoint.name_of(first)
-        saved = here if here.exists() else None  # the one that a resumed run started from
-        if first >= last:
-            listener.note(f"step {first} of {last} is done; a larger train.steps goes on")
-        while step < last and signals.received is None:
-            entry = self._step(step, batches, forward)
+    def go(self, start: Path | None) -> Result:
+        """Trains to the last step; `start` is the checkpoint that the run goes on from."""
+        first = step = self.stepper.next
+        self.saved = start
+        evaluation = None
+        if first >= self.last:
+            self.listener.note(f"step {first} of {self.last} is done; a larger train.steps goes on")
+        for done in self.stepper.completed(self.feed, self.last, self._pause, self._stop):
+            self.saver.check()
             if step == first:
                 for line in kernels.receipt():
-                    listener.note(f"attention: {line}")
-            step += 1
-            entry = {"step": step, **entry, "epoch": batches.epochs(step)}
-            evaluation = comparable = None
-            if _due(step, config.eval_every) and step < last:
-                evaluation = comparable = self._evaluate(data, config.eval_tokens)
-                entry |= _evaluation_entry(evaluation)
-                listener.evaluation(step, evaluation)
-            if step >= last:
-                comparable = self._evaluate(data, config.eval_tokens)  # with those on the way
-                evaluation = self._evaluate(data, config.final_eval_tokens)
-                entry |= _evaluation_entry(evaluation)
-                listener.evaluation(step, evaluation)
-            if _due(step, config.log_every) or evaluation is not None:
-                record.log(entry)
-                listener.step(entry)
-            if _due(step, config.checkpoint_every) or step >= last:
-                saved = self._save(step, record, data, comparable)
-        if saved is None or saved.name != checkpoint.name_of(step):
-            saved = self._save(step, record, data, None)
-        record.plot()
-        if step >= last:  # a signal during the last step interrupted nothing
-            return Result(step, evaluation, saved, None)
-        return Result(step, None, saved, signals.received)
+                    self.listener.note(f"attention: {line}")
+            step = done.step + 1
+            entry = self._entry(done)
+            if done.verdict == Verdict.BAD:
+                self._refused(done, entry)
+            elif done.verdict == Verdict.ACCEPTED:
+                self.parts.guard.in_a_row = 0
+            evaluation = self._look(step, entry)
+        if self.saved is None or self.saved.name != checkpoint.name_of(step):
+            self._save(step, None)
+        self.saver.wait()
+        self.record.plot()
+        assert self.saved is not None
+        if step >= self.last:  # a signal during the last step interrupted nothing
+            return Result(step, evaluation, self.saved, None)
+        return Result(step, None, self.saved, self.signals.received)
 
-    def _step(
-        self, step: int, batches: Batches, forward: Callable[[Tensor, Tensor], Tensor]
-    ) -> dict[str, Any]:
-        """One optimizer step; refuses to apply a gradient that is not finite."""
-        started = time.perf_counter()
-        micro = self.config.micro_batch or self.rows
-        self.model.train()
-        total = torch.zeros((), device=self.device)
-        for row in range(0, self.rows, micro):
-            ids, targets = batches.batch(step, first=row, count=micro)
-            seed = dropout_seed(self.config.seed, step)
-            self.model.set_dropout(seed, row)
-            if self.config.dropout_masks == "kernel":
-                torch.manual_seed(seed + row)  # a step's masks depend on nothing before it
-            with runtime.casting(self.device, self.autocast):
-                loss = forward(
-                    torch.from_numpy(ids).to(self.device), torch.from_numpy(targets).to(self.device)
-                )
-            loss = loss * (micro / self.rows)
-            loss.backward()
-            total += loss.detach()
-        limit = self.config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
-        if not (math.isfinite(norm) and math.isfinite(total.item())):
-            raise TrainingError(
-                f"step {step}: loss {total.item()} and gradient norm {norm} must be finite; the "
-                "weights were left as they were. Lower train.lr, or go on from the last checkpoint "
-                "with --resume and --model.use-flash False to see whether attention is to blame"
-            )
-        rate = learning_rate(step, self.config)
-        self.optimizer.set_rate(rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        seconds = time.perf_counter() - started
-        return {
-            "loss": total.item(),
-            "lr": rate,
-            "grad_norm": norm,
-            "tokens_per_second": round(self.rows * self.model.cfg.context_length / seconds, 1),
-        }
-
-    def _evaluate(self, data: TokenData, max_tokens: int | None) -> Evaluation:
-        return evaluate(
-            self.model,
-            data.val,
-            self.tokenizer.byte_lengths,
-            max_tokens=max_tokens,
-            autocast=self.autocast,
+    def _pause(self, step: int) -> bool:
+        """Whether the state after so many steps is evaluated or saved."""
+        train = self.train
+        return any(_due(step, n) for n in (train.eval_every, train.checkpoint_every)) or (
+            step >= self.last
         )
 
-    def _save(
-        self, step: int, record: Record, data: TokenData, evaluation: Evaluation | None
-    ) -> Path:
+    def _stop(self) -> bool:
+        return self.signals.received is not None
+
+    def _look(self, step: int, entry: dict[str, Any]) -> Evaluation | None:
+        """Evaluates, logs and saves after so many steps, each where it is due."""
+        train, evaluation, comparable = self.train, None, None
+        if _due(step, train.eval_every) or step >= self.last:
+            evaluation = comparable = self._evaluate(train.eval_tokens)
+        if step >= self.last:
+            evaluation = self._evaluate(train.final_eval_tokens)
+        if evaluation is not None:
+            entry |= {
+                "val_loss": evaluation.loss,
+                "perplexity": evaluation.perplexity,
+                "bits_per_byte": evaluation.bits_per_byte,
+            }
+            self.listener.evaluation(step, evaluation)
+        if _due(step, train.log_every) or evaluation is not None or "skipped" in entry:
+            self.record.log(entry)
+            self.listener.step(entry)
+        if _due(step, train.checkpoint_every) or step >= self.last:
+            self._save(step, comparable)
+        return evaluation
+
+    def _entry(self, done: Done) -> dict[str, Any]:
+        """What metrics.jsonl says of a step."""
+        parts = self.parts
+        per_second = parts.rows * parts.model.cfg.context_length / done.seconds
+        entry: dict[str, Any] = {
+            "step": done.step + 1,
+            "loss": done.loss,
+            "lr": done.rate,
+            "grad_norm": done.norm,
+            "tokens_per_second": round(per_second, 1),
+            "data_seconds": round(done.data_seconds, 6),
+            "peak_memory_bytes": runtime.peak_memory_bytes(parts.device),
+            "epoch": self.batches.epochs(done.step + 1),
+        }
+        if self.peak is not None:
+            entry["mfu"] = round(per_second * self.flop / self.peak, 4)
+        if done.verdict == Verdict.BAD:
+            entry["skipped"] = incident.reason(done)
+        elif done.verdict == Verdict.OVERFLOW:
+            entry["skipped"] = "fp16 overflow: the loss scale falls"
+        elif done.verdict is None:
+            entry["skipped"] = "no target of the batch counts"
+        return entry
+
+    def _refused(self, done: Done, entry: dict[str, Any]) -> None:
+        """Keeps what is known of a bad step; after too many in a row, goes back or ends."""
+        guard = self.parts.guard
+        guard.in_a_row += 1
+        where = self._keep(done)
+        self.listener.note(f"step {done.step + 1} is left out: {entry['skipped']}{where}")
+        if guard.in_a_row < LIMIT_IN_A_ROW:
+            return
+        if self.train.guard == "rollback" and self._roll_back(done.step + 1):
+            return
+        guard.release()
+        self.record.log(entry)
+        self._save(done.step + 1, None)
+        self.saver.wait()
+        self.record.plot()
+        raise TrainingError(
+            f"step {done.step + 1}: {entry['skipped']}, the {guard.in_a_row}rd bad step in a row; "
+            f"the weights are those before them, in {self.saved}. Look: flashgpt train --replay "
+            f"{self.record.folder / incident.FOLDER / incident.name_of(done.step)} "
+            "--model.use-flash False; go on with --resume and a lower --train.lr, or with "
+            "--train.guard rollback"
+        )
+
+    def _keep(self, done: Done) -> str:
+        """Writes the incident's folder; returns what to say of it."""
+        parts = self.parts
+        micros = self.feed.take(done.step)
+        seed = dropout_seed(self.train.seed, done.step)
+        scale = parts.guard.loss_scale
+        findings = diagnose(parts, micros, seed)
+        found = incident.Incident(
+            step=done.step,
+            reason=incident.reason(done),
+            loss=done.loss,
+            norm=done.norm,
+            z_loss=done.z_loss,
+            z_norm=done.z_norm,
+            dropout_seed=seed,
+            loss_scale=1.0 if scale is None else float(scale),
+            windows=self.batches.windows(done.step),
+            findings=findings,
+            receipt=kernels.receipt(),
+            config=self.config,
+            micros=micros,
+        )
+        first = findings.first_non_finite
+        text = f"; the first number that is not finite is in {first}" if first else ""
+        try:
+            return f"{text}; {found.save(self.record.folder, parts.model)}"
+        except OSError as error:  # the run is worth more than its incident
+            return f"{text}; no incident was written ({error.strerror or error})"
+
+    def _roll_back(self, step: int) -> bool:
+        """Puts the weights of an earlier checkpoint in place; the batches up to `step` are passed.
+
+        False if there is none, or after MOST_ROLLBACKS.
+        """
+        self.saver.wait()
+        before = step - LIMIT_IN_A_ROW
+        ranges = self.record.state.setdefault("skipped", [])
+        found = next(
+            (
+                good
+                for good in checkpoint.good(self.record.folder)
+                if isinstance(good, checkpoint.Checkpoint) and good.step <= before
+            ),
+            None,
+        )
+        if found is None or len(ranges) >= MOST_ROLLBACKS:
+            return False
+        parts = self.parts
+        checkpoint.load_into(found, parts)
+        parts.guard.in_a_row = 0
+        ranges.append([found.step, step])
+        self.listener.note(
+            f"rolled back to the weights of {found.path}; the batches of steps {found.step + 1} to "
+            f"{step} are passed over"
+        )
+        self._save(step, None)
+        return True
+
+    def _evaluate(self, max_tokens: int | None) -> Evaluation:
+        return evaluate(
+            self.parts.model,
+            self.data.val,
+            self.parts.tokenizer.byte_lengths,
+            max_tokens=max_tokens,
+            autocast=self.parts.autocast,
+        )
+
+    def _save(self, step: int, evaluation: Evaluation | None) -> None:
+        """Copies the state, and writes it as the checkpoint of `step` while training goes on."""
+        self.saver.wait()
+        parts, record, keep = self.parts, self.record, self.train.keep_checkpoints
+        tensors: dict[str, dict[str, Tensor]] = {
+            "weights": dict(parts.model.named_parameters()),
+            "optimizer": parts.optimizer.state_tensors(),
+            "guard": parts.guard.state_tensors(),
+        }
+        copies, wait = self.copies.take(tensors)
         receipt = kernels.receipt()
         state = {
             "step": step,
-            "seed": self.config.seed,
-            "data": data.fingerprint,
+            "seed": self.train.seed,
+            "data": self.data.fingerprint,
             "receipt": receipt,
-            "train": dataclasses.asdict(self.config),
+            "train": dataclasses.asdict(self.train),
+            "skipped": record.state.get("skipped", []),
         }
-        path = checkpoint.save(record.folder, self.model, self.optimizer, self.tokenizer, state)
-        record.saved(path, None if evaluation is None else evaluation.loss, receipt)
-        checkpoint.remove_old(record.folder, self.config.keep_checkpoints, record.state["best"])
-        return path
+        contents = checkpoint.Contents(parts.model.cfg, parts.tokenizer, state, **copies)
+        loss = None if evaluation is None else evaluation.loss
 
+        def write() -> None:
+            wait()
+            path = checkpoint.save(record.folder, contents)
+            record.saved(path, loss, receipt)
+            checkpoint.remove_old(record.folder, keep, record.state["best"])
 
-def check_start(config: TrainConfig, out: Path, resume: bool) -> None:
-    """Refuses early what would fail after the data has been prepared.
-
-    Raises:
-        ValueError: `out` holds checkpoints and `resume` is off, or a device or precision that this
-            machine does not have.
-    """
-    runtime.autocast_dtype(config.precision, runtime.device(config.device))
-    if not resume and checkpoint.steps(out):
-        raise ValueError(f"{out} holds checkpoints; go on with --resume, or choose another --out")
-
-
-def _changes(found: checkpoint.Checkpoint, config: TrainConfig) -> list[str]:
-    """One line per setting that a resumed run changes for its steps to come.
-
-    Raises:
-        ValueError: a setting of FIXED differs; it is named.
-    """
-    changes = []
-    now = dataclasses.asdict(config)
-    for name, before in found.state.get("train", {}).items():  # older checkpoints hold none
-        if name in FREE or name not in now or now[name] == before:
-            continue
-        if name in FIXED:
-            raise ValueError(
-                f"train.{name} must be {before} as in {found.path}, got {now[name]}; "
-                "choose another --out to start anew"
-            )
-        changes.append(f"train.{name} is {now[name]} from here on, was {before}")
-    return changes
-
-
-def dropout_seed(seed: int, step: int) -> int:
-    """The 64-bit dropout seed of an optimizer step, signed: Philox of the run's seed."""
-    low, high, _, _ = philox(step, step >> 32, 0, DROPOUT_STREAM, torch.tensor(seed))
-    word = int(high) << 32 | int(low)
-    return word - 2**64 if word >= 2**63 else word
+        self.saver.submit(write)
+        self.saved = record.folder / checkpoint.FOLDER / checkpoint.name_of(step)
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _evaluation_entry(evaluation: Evaluation) -> dict[str, float]:
-    return {
-        "val_loss": evaluation.loss,
-        "perplexity": evaluation.perplexity,
-        "bits_per_byte": evaluation.bits_per_byte,
-    }

@@ -1,17 +1,21 @@
 """The folder of a run, and what is written there besides checkpoints.
 
 config.toml     the run, complete; `flashgpt train config.toml` repeats it
-metrics.jsonl   one object per logged step, evaluations included
+metrics.jsonl   one object per logged step, evaluations included; NaN stands there as NaN
+incidents/      a folder per step that the guard left out
 loss.png        drawn from metrics.jsonl
 samples.txt     text drawn from the model
-state.json      last and best checkpoint, versions, which kernels served
+state.json      last and best checkpoint, versions, revision, which kernels served
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import platform
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +110,29 @@ def add_sample(folder: Path, step: int, text: str) -> None:
         file.write(f"--- after step {step} ---\n{text}\n")
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computed the run."""
+def versions() -> dict[str, str | None]:
+    """Versions of what computed the run; the revision is None where flashgpt is no git checkout."""
     return {
         "flashgpt": __version__,
+        "revision": _revision(Path(__file__).parents[1]),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+@functools.cache
+def _revision(package: Path) -> str | None:
+    """The commit that the package's folder is at, with -dirty when its files differ from it."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    if shutil.which("git") is None or git("ls-files", "--error-unmatch", "__init__.py").returncode:
+        return None  # not tracked: a package may lie in somebody's checkout of something else
+    dirty = git("status", "--porcelain", "--untracked-files=no", ".").stdout.strip()
+    return git("rev-parse", "HEAD").stdout.strip() + ("-dirty" if dirty else "")
 
 
 def _replace_text(path: Path, text: str) -> None:

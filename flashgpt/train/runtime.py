@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Literal, Self
@@ -33,18 +34,31 @@ def device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 def autocast_dtype(
-    precision: Literal["auto", "fp32", "bf16"], device: torch.device
+    precision: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device
 ) -> torch.dtype | None:
     """The dtype of the products, None for fp32.
 
     Raises:
-        ValueError: bf16 on a CPU, where it is no faster and ends the process on some processors.
+        ValueError: half precision on a CPU, where it is no faster and ends the process on some
+            processors.
     """
-    if precision == "bf16" and device.type == "cpu":
-        raise ValueError("train.precision must be fp32 (or auto) on the CPU, got 'bf16'")
+    if precision in ("bf16", "fp16") and device.type == "cpu":
+        raise ValueError(f"train.precision must be fp32 (or auto) on the CPU, got {precision!r}")
     if precision == "fp32" or device.type == "cpu":
         return None
-    return torch.bfloat16
+    return torch.float16 if precision == "fp16" else torch.bfloat16
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that was allocated: by torch on a GPU, by the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes elsewhere
 
 
 def casting(

@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     if not 0 < args.seconds < math.inf:
         raise UsageError(f"--seconds must be positive, got {args.seconds}")
     from flashgpt import orchestrator
-    from flashgpt.train.loop import check_start
+    from flashgpt.train.resume import check_start
     from flashgpt.verbs.console import console, training
     from flashgpt.verbs.verify import audit
 
@@ -118,7 +118,7 @@ def _with_steps(out: Console, run: RunConfig, data: TokenData, seconds: float) -
     step_seconds = trainer.time_step(data, min(CALIBRATION_SECONDS, seconds / 5))
     steps = max(10, int(seconds / step_seconds))
     out.print(
-        f"{trainer.model.n_parameters:,} parameters, {step_seconds * 1e3:.0f} ms a step: "
+        f"{trainer.parts.model.n_parameters:,} parameters, {step_seconds * 1e3:.0f} ms a step: "
         f"{steps} steps in about {seconds:.0f} s"
     )
     return dataclasses.replace(run, train=dataclasses.replace(run.train, steps=steps))

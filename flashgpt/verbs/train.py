@@ -8,6 +8,7 @@ examples:
   flashgpt train runs/mine/config.toml --out runs/again
   flashgpt train --resume --out runs/mine
   flashgpt train --model.use-flash False --print-config
+  flashgpt train --replay runs/mine/incidents/step_00000124 --model.use-flash False
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ class Args:
     out: Annotated[str, Doc("folder of the run")] = "runs/train"
     resume: Annotated[bool, Flag, Doc("go on from the newest good checkpoint in --out")] = False
     print_config: Annotated[bool, Flag, Doc("print the config as commented TOML, and stop")] = False
+    replay: Annotated[
+        str | None, Doc("do the refused step of this incident's folder again, and stop")
+    ] = None
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: Annotated[TrainConfig, Valued] = dataclasses.field(default_factory=TrainConfig)
@@ -52,8 +56,8 @@ class Args:
 def read(argv: Sequence[str]) -> Args:
     """The options, with the TOML file that may stand first.
 
-    `--resume` without a file takes the config of the run that is there. A preset on the command
-    line replaces the whole model section of the file.
+    `--resume` without a file takes the config of the run that is there, `--replay` that of the
+    incident. A preset on the command line replaces the whole model section of the file.
     """
     argv = list(argv)
     base = RunConfig()
@@ -65,6 +69,10 @@ def read(argv: Sequence[str]) -> Args:
             base = load_toml(found)
             # Where the run was to stop that time; now it goes on.
             base = dataclasses.replace(base, train=dataclasses.replace(base.train, stop_at=None))
+    elif any(argument.split("=")[0] == "--replay" for argument in argv):
+        from flashgpt.train.incident import Incident
+
+        base = Incident.load(Path(str(parse(Args, "train", argv, __doc__).replay))).config
     if any(argument.split("=")[0] == "--model.preset" for argument in argv):
         # The file's other model keys belong to its own preset.
         base = dataclasses.replace(base, model=ModelConfig())
@@ -92,10 +100,12 @@ def main(argv: Sequence[str]) -> int:
     if args.print_config:
         print(to_toml(args.run), end="")
         return 0
+    if args.replay:
+        return _replay(Path(args.replay), args.run)
     from flashgpt import orchestrator
     from flashgpt.data.prepare import prepare
     from flashgpt.data.shards import TokenData
-    from flashgpt.train.loop import check_start
+    from flashgpt.train.resume import check_start
     from flashgpt.verbs.console import console, counting, training
 
     out, folder, config = console(), Path(args.out), args.run
@@ -113,4 +123,31 @@ def main(argv: Sequence[str]) -> int:
         )
         return 128 + result.interrupted
     out.print(f'write with it: flashgpt generate {folder} --prompt "..."')
+    return 0
+
+
+def _replay(folder: Path, config: RunConfig) -> int:
+    """Does a refused step again, and shows its numbers per layer beside those of that time."""
+    from flashgpt.train.replay import replay
+    from flashgpt.verbs.console import console, table
+
+    out = console()
+    incident, now, receipt = replay(folder, config)
+    then = incident.findings
+    out.print(f"step {incident.step + 1} was left out: {incident.reason}")
+    for line in receipt:
+        out.print(f"attention: {line}")
+    rows = [
+        ("loss", f"{then.loss:.6g}", f"{now.loss:.6g}"),
+        ("gradient norm", f"{then.norm:.6g}", f"{now.norm:.6g}"),
+        ("first not finite", then.first_non_finite or "none", now.first_non_finite or "none"),
+    ]
+    for name in now.gradient_norms:
+        for what, a, b in (
+            ("largest output", then.largest_output, now.largest_output),
+            ("gradient norm", then.gradient_norms, now.gradient_norms),
+        ):
+            if name in a and name in b:
+                rows.append((f"{name} {what}", f"{a[name]:.4g}", f"{b[name]:.4g}"))
+    out.print(table("the step, done again", ("", "that time", "now"), rows))
     return 0

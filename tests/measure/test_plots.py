@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import sys
 from pathlib import Path
@@ -44,6 +45,21 @@ def test_a_png_is_drawn(
         assert list(lines[2].get_xdata()) == list(range(count - judged + 1, count + 1))
         assert f"{5 / count + 0.1:.3f} (2.000 bits" in str(lines[2].get_label())
     assert list(bottom.get_lines()[0].get_ydata()) == [1e-3] * count
+
+
+def test_steps_that_were_left_out_are_marked_and_not_averaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: (drawn.append(self), path.touch()))
+    metrics = _metrics(20)
+    for at in (4, 9):
+        metrics[at] |= {"loss": math.nan, "skipped": "loss is nan"}
+    draw_loss(metrics, tmp_path / "loss.png", "run")
+    each, smooth, *marks = drawn[0].axes[0].get_lines()
+    assert len(each.get_ydata()) == 18 and all(map(math.isfinite, smooth.get_ydata()))
+    assert [next(iter(mark.get_xdata())) for mark in marks] == [5, 10]
+    assert marks[0].get_label() == "left out by the guard (2)"
 
 
 def test_a_picture_that_fails_leaves_the_old_one(

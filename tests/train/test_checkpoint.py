@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 
 import flashgpt
 from flashgpt.config import TrainConfig
-from flashgpt.train import checkpoint, optimizer
+from flashgpt.train import checkpoint
 from flashgpt.train.checkpoint import DamagedError, check, good, load, steps
+from flashgpt.train.parts import build
 
 FILES = [
     "config.json",
@@ -28,6 +29,7 @@ FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
     "trainer/digests.json",
+    "trainer/guard.safetensors",
     "trainer/optimizer.safetensors",
     "trainer/state.json",
 ]
@@ -133,14 +135,15 @@ def test_a_run_without_a_good_checkpoint_says_what_is_wrong(
 def test_a_newer_format_is_refused_and_not_passed_over(
     copied: Any, cli: Callable[..., Any]
 ) -> None:
-    newest = copied.checkpoints[-1]
+    newest, newer = copied.checkpoints[-1], checkpoint.FORMAT + 1
     state = json.loads((newest / "trainer" / "state.json").read_text())
-    checkpoint.write_json(newest / "trainer" / "state.json", {**state, "format": 2})
+    checkpoint.write_json(newest / "trainer" / "state.json", {**state, "format": newer})
     (newest / "trainer" / "digests.json").unlink()
     checkpoint.write_json(newest / "trainer" / "digests.json", checkpoint._digests(newest))
     for command in (("generate", copied.folder), ("train", "--resume", "--out", copied.folder)):
         refused = cli(*command).error(1)
-        assert str(newest) in refused and "format 2, this version reads up to 1" in refused
+        assert str(newest) in refused
+        assert f"format {newer}, this version reads up to {checkpoint.FORMAT}" in refused
 
 
 NO_SPACE = [
@@ -172,14 +175,58 @@ def test_a_full_disk_is_one_line_and_leaves_what_is_there(
     cli("train", "--resume", "--out", copied.folder).done()
 
 
+def test_a_disk_without_room_is_seen_before_a_step_is_done(
+    tmp_path: Path, cli: Callable[..., Any], options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
+    refused = cli("train", *options, "--out", tmp_path / "run").error(1)
+    assert f"no space left on the disk for {tmp_path / 'run'}" in refused
+    assert "takes 17 MB, 1 are free; free some" in refused
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_on_the_way_ends_the_run_and_keeps_what_is_saved(
+    tmp_path: Path, cli: Callable[..., Any], options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    run = tmp_path / "run"
+
+    def free(_: Path) -> Any:
+        return usage._replace(free=10**6) if checkpoint.steps(run) else usage
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "disk_usage", free)
+        assert "no space left on the disk" in cli("train", *options, "--out", run).error(1)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000004"]
+    assert "goes on from" in cli("train", "--resume", "--out", run).done()
+
+
+def test_a_run_whose_folder_vanishes_says_so(
+    tmp_path: Path, cli: Callable[..., Any], options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = checkpoint.save
+
+    def vanished(run: Path, contents: checkpoint.Contents) -> Path:
+        shutil.rmtree(run)
+        return save(run, contents)
+
+    monkeypatch.setattr(checkpoint, "save", vanished)
+    refused = cli("train", *options, "--out", tmp_path / "run").error(1)
+    assert str(tmp_path / "run") in refused and "No such file or directory" in refused
+
+
 def test_saving_over_a_checkpoint_replaces_it_whole(copied: Any, tmp_path: Path) -> None:
     """A damaged checkpoint of the step makes room only for a complete new one."""
     model, tokenizer = load(copied.folder)
     assert tokenizer is not None
-    adamw = optimizer.build(model, TrainConfig())
+    parts = build(model, tokenizer, TrainConfig(tokens_per_step=128))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    state = parts.optimizer.state_tensors(), parts.guard.state_tensors()
+    contents = checkpoint.Contents(model.cfg, tokenizer, {"step": 12}, weights, *state)
     newest = copied.checkpoints[-1]
     (newest / "config.json").write_text("{}")
-    path = checkpoint.save(copied.folder, model, adamw, tokenizer, {"step": 12})
+    path = checkpoint.save(copied.folder, contents)
     assert path == newest and check(newest).step == 12
     assert sorted(p.name for p in newest.parent.iterdir()) == [p.name for p in copied.checkpoints]
 

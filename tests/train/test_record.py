@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from flashgpt.config import RunConfig, TrainConfig
 from flashgpt.toml import load_toml
-from flashgpt.train.record import Record, add_sample, versions
+from flashgpt.train.record import Record, _revision, add_sample, versions
 
 RUN = RunConfig()
 
@@ -35,7 +36,9 @@ def test_a_run_has_these_files(trained: Any) -> None:
     assert names == {*files, "checkpoints"}
     assert set(trained.metrics[0]) == {"step", "loss", "lr", "grad_norm", "epoch"}
     lines = (trained.folder / "metrics.jsonl").read_text().splitlines()
-    assert all(json.loads(line)["tokens_per_second"] > 0 for line in lines)
+    for entry in map(json.loads, lines):
+        assert entry["tokens_per_second"] > 0 and entry["data_seconds"] >= 0
+        assert 2**24 < entry["peak_memory_bytes"] < 2**36
     state = json.loads((trained.folder / "state.json").read_text())
     assert state["last"] == state["best"] == "step_00000012"
     # The best is chosen by the same tokens as on the way; the last evaluation takes all of them.
@@ -132,3 +135,33 @@ def test_a_full_disk_names_the_metrics_file(
     monkeypatch.setattr("builtins.open", full)
     with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: No space left on device"):
         record.log({"step": 1, "loss": 1.0})
+
+
+def test_the_revision_is_that_of_the_package_and_of_nothing_around_it(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        command = [
+            "git",
+            "-c",
+            "user.name=n",
+            "-c",
+            "user.email=e",
+            "-C",
+            str(tmp_path),
+            *arguments,
+        ]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    assert _revision(package) is None
+    git("init", "-q")
+    _revision.cache_clear()
+    assert _revision(package) is None  # in a checkout, but not of it
+    git("add", "package/__init__.py")
+    git("commit", "-q", "-m", "first")
+    _revision.cache_clear()
+    assert _revision(package) == git("rev-parse", "HEAD")
+    (package / "__init__.py").write_text("1")
+    _revision.cache_clear()
+    assert _revision(package) == git("rev-parse", "HEAD") + "-dirty"

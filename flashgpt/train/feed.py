@@ -1,0 +1,101 @@
+"""The batches of the steps to come, read ahead by a thread and brought to the device.
+
+Legend: B rows of a micro-batch, T positions.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashgpt.data.batches import Batches
+from flashgpt.model.loss import IGNORE
+
+AHEAD = 2  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass sees.
+
+    Attributes:
+        ids_BT, targets_BT: token ids, int64; targets of -100 do not count.
+        first_row: of these rows, in the step's global batch.
+        weight: the share of the step's counted targets that stand here.
+    """
+
+    ids_BT: Tensor
+    targets_BT: Tensor
+    first_row: int
+    weight: float
+
+
+class Feed:
+    """Micro-batches by step; steps are best asked for in order.
+
+    Args:
+        batches: the tokens of each step.
+        rows: sequences in one step.
+        micro: sequences in one micro-batch, a divisor of `rows`.
+        device: where micro-batches go.
+    """
+
+    def __init__(self, batches: Batches, rows: int, micro: int, device: torch.device) -> None:
+        self._batches, self._rows, self._micro, self._device = batches, rows, micro, device
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "flashgpt-feed")
+        self._ahead: collections.deque[tuple[int, concurrent.futures.Future[list[MicroBatch]]]] = (
+            collections.deque()
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def take(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of a step, on the device; those without a counted target left out.
+
+        Waits until they are read. Memory on its way to a GPU is not waited for.
+        """
+        if not self._ahead or self._ahead[0][0] != step:
+            for _, future in self._ahead:
+                future.cancel()
+            self._ahead.clear()
+            self._order(step)
+        _, future = self._ahead.popleft()
+        while len(self._ahead) < AHEAD:
+            self._order(self._ahead[-1][0] + 1 if self._ahead else step + 1)
+        return [
+            dataclasses.replace(
+                micro,
+                ids_BT=micro.ids_BT.to(self._device, non_blocking=True),
+                targets_BT=micro.targets_BT.to(self._device, non_blocking=True),
+            )
+            for micro in future.result()
+        ]
+
+    def _order(self, step: int) -> None:
+        self._ahead.append((step, self._thread.submit(self._read, step)))
+
+    def _read(self, step: int) -> list[MicroBatch]:
+        ids, targets = self._batches.batch(step)
+        total = np.count_nonzero(targets != IGNORE)
+        found = []
+        for row in range(0, self._rows, self._micro):
+            part = slice(row, row + self._micro)
+            counted = np.count_nonzero(targets[part] != IGNORE)
+            if counted:
+                on_host = (self._on_host(ids[part]), self._on_host(targets[part]))
+                found.append(MicroBatch(*on_host, row, counted / total))
+        return found
+
+    def _on_host(self, values: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory() if self._device.type == "cuda" else tensor

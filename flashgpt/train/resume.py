@@ -1,0 +1,82 @@
+"""Where a run starts: anew, or from its newest good checkpoint, and what it may change then."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from flashgpt.config import TrainConfig
+from flashgpt.data.shards import TokenData
+from flashgpt.train import checkpoint, runtime
+from flashgpt.train.parts import Parts
+
+# What a resumed run may not change: these make the batches, the masks and the optimizer's state.
+FIXED = ("seed", "tokens_per_step", "optimizer")
+# What it may change without a word: it takes part in no step.
+FREE = (
+    *("stop_at", "log_every", "eval_every", "eval_tokens", "final_eval_tokens"),
+    *("checkpoint_every", "keep_checkpoints"),
+)
+
+
+def check_start(config: TrainConfig, out: Path, resume: bool) -> None:
+    """Refuses early what would fail after the data has been prepared.
+
+    Raises:
+        ValueError: `out` holds checkpoints and `resume` is off, or a device or precision that this
+            machine does not have.
+    """
+    runtime.autocast_dtype(config.precision, runtime.device(config.device))
+    if not resume and checkpoint.steps(out):
+        raise ValueError(f"{out} holds checkpoints; go on with --resume, or choose another --out")
+
+
+def go_on(
+    out: Path, data: TokenData, parts: Parts, note: Callable[[str], None]
+) -> checkpoint.Checkpoint | None:
+    """Loads the newest good checkpoint, and notes what was passed over and what changes.
+
+    Returns:
+        the checkpoint; None when there is no good one: the run starts at step 0.
+
+    Raises:
+        ValueError: it is of another model or other text, or a setting of FIXED differs.
+    """
+    for found in checkpoint.good(out):
+        if isinstance(found, checkpoint.DamagedError):
+            note(f"passed over: {found}")
+            continue
+        if found.state["data"] != data.fingerprint:
+            raise ValueError(
+                f"{found.path} was trained on other text or with another tokenizer than "
+                f"{data.folder}; restore the text, or start anew with another --out"
+            )
+        changes = _changes(found, parts.config)
+        checkpoint.load_into(found, parts)
+        note(f"goes on from {found.path}")
+        for change in changes:
+            note(change)
+        return found
+    note(f"no good checkpoint in {out}: starts at step 0")
+    return None
+
+
+def _changes(found: checkpoint.Checkpoint, config: TrainConfig) -> list[str]:
+    """One line per setting that a resumed run changes for its steps to come.
+
+    Raises:
+        ValueError: a setting of FIXED differs; it is named.
+    """
+    changes = []
+    now = dataclasses.asdict(config)
+    for name, before in found.state.get("train", {}).items():  # older checkpoints hold none
+        if name in FREE or name not in now or now[name] == before:
+            continue
+        if name in FIXED:
+            raise ValueError(
+                f"train.{name} must be {before} as in {found.path}, got {now[name]}; "
+                "choose another --out to start anew"
+            )
+        changes.append(f"train.{name} is {now[name]} from here on, was {before}")
+    return changes

@@ -1,0 +1,79 @@
+"""Writes checkpoints in the background, from a copy, while training goes on."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor
+
+Parts = dict[str, dict[str, Tensor]]  # tensors by part of the state and name
+
+
+class Saver:
+    """Runs one job at a time in a thread of its own.
+
+    What a job raises comes up in the main thread: in `check`, in `submit`, or in `wait`.
+    """
+
+    def __init__(self) -> None:
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "flashgpt-saver")
+        self._job: concurrent.futures.Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """A job that has begun is finished: half a checkpoint is of no use."""
+        self._thread.shutdown()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Starts a job, once the one before is done."""
+        self.wait()
+        self._job = self._thread.submit(job)
+
+    def check(self) -> None:
+        """Raises what a finished job raised; does not wait."""
+        if self._job is not None and self._job.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the job, and raises what it raised."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+
+class HostCopies:
+    """Copies of tensors in host memory; from a GPU without waiting for them.
+
+    The memory is kept for the next copy of a tensor of the same name, so there is one at a time.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], Tensor] = {}
+
+    def take(self, parts: Parts) -> tuple[Parts, Callable[[], None]]:
+        """The copies, and a call that waits until they are complete.
+
+        The copying stands in the device's queue before all that is launched later, so the tensors
+        may change as soon as this returns.
+        """
+        copies = {
+            part: {name: self._copy(part, name, tensor.detach()) for name, tensor in group.items()}
+            for part, group in parts.items()
+        }
+        if not any(tensor.is_cuda for group in parts.values() for tensor in group.values()):
+            return copies, lambda: None
+        event = torch.cuda.Event()
+        event.record()
+        return copies, event.synchronize
+
+    def _copy(self, part: str, name: str, tensor: Tensor) -> Tensor:
+        kept = self._kept.get((part, name))
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._kept[part, name] = kept
+        return kept.copy_(tensor, non_blocking=True)

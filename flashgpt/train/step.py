@@ -1,0 +1,209 @@
+"""One optimizer step after another: forward, backward, norm, verdict, update.
+
+What step t does is a function of the config, the seed, t, and the state before it. The host runs
+up to AHEAD steps in front of a GPU and reads what became of a step when it is done, so that no step
+waits for the host. On the CPU it reads at once. Both give the same weights, whatever the guard
+refuses.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from flashgpt.attention.dropout import philox
+from flashgpt.train import runtime
+from flashgpt.train.feed import Feed, MicroBatch
+from flashgpt.train.guard import Verdict
+from flashgpt.train.parts import Parts
+from flashgpt.train.schedule import learning_rate
+
+DROPOUT_STREAM = 0xD0
+# Steps that the host may launch before it reads the one in front of them.
+AHEAD = {"cpu": 0, "cuda": 2}
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A step that has been done.
+
+    Attributes:
+        step: its number, from 0.
+        verdict: None if no target of its batch counts, so that there was nothing to do.
+        loss: nats per counted target.
+        norm: of the whole gradient, before clipping.
+        z_loss, z_norm: standard deviations from the means of the steps before; 0 early on.
+        rate: learning rate.
+        seconds: duration; on CUDA by the device's clock.
+        data_seconds: what the host waited for the batch.
+    """
+
+    step: int
+    verdict: Verdict | None
+    loss: float
+    norm: float
+    z_loss: float
+    z_norm: float
+    rate: float
+    seconds: float
+    data_seconds: float
+
+
+class Stepper:
+    """Does steps on the parts.
+
+    Args:
+        forward: the model, or the compiled model.
+    """
+
+    def __init__(self, parts: Parts, forward: Forward) -> None:
+        self._parts, self._forward = parts, forward
+        self.next = 0  # the step to do next; to be set while no step is under way
+
+    def completed(
+        self, feed: Feed, last: int, pause: Callable[[int], bool], stop: Callable[[], bool]
+    ) -> Iterator[Done]:
+        """Does the steps `next` to `last`, and yields each when it is done, in order.
+
+        While a bad step is looked at no other is under way, and the weights are those before it.
+
+        Args:
+            pause: whether the state after so many steps will be looked at; nothing runs past it
+                before it has been.
+            stop: no step is begun once this is true.
+        """
+        ahead = AHEAD[self._parts.device.type]
+        under_way: collections.deque[_UnderWay] = collections.deque()
+        while True:
+            while (
+                self.next < last
+                and len(under_way) <= ahead
+                and not (under_way and pause(self.next))
+                and not stop()
+            ):
+                under_way.append(self._launch(self.next, feed))
+                self.next += 1
+            if not under_way:
+                return
+            done = under_way.popleft().read()
+            if done.verdict == Verdict.BAD:
+                under_way.clear()  # held back by the guard: to be done again
+                self.next = done.step + 1
+            yield done
+            if done.verdict == Verdict.BAD:
+                self._parts.guard.release()
+
+    def _launch(self, step: int, feed: Feed) -> _UnderWay:
+        clock = _Clock(self._parts.device)
+        waiting = time.perf_counter()
+        micros = feed.take(step)
+        data_seconds = time.perf_counter() - waiting
+        rate = learning_rate(step, self._parts.config)
+        report = self._update(step, micros, rate) if micros else None
+        clock.stop()
+        return _UnderWay(step, _to_host(report), rate, clock, data_seconds)
+
+    def _update(self, step: int, micros: list[MicroBatch], rate: float) -> Tensor:
+        """One optimizer step, unless the guard refuses it; returns the guard's report."""
+        parts, config, guard = self._parts, self._parts.config, self._parts.guard
+        loss = backward(parts, self._forward, micros, dropout_seed(config.seed, step))
+        grads = [p.grad for p in parts.model.parameters() if p.grad is not None]
+        if guard.loss_scale is not None:
+            torch._foreach_mul_(grads, 1 / guard.loss_scale)
+        norm = get_total_norm(grads)
+        clip_grads_with_norm_(parts.model.parameters(), config.grad_clip or math.inf, norm)
+        refused, report = guard.judge(loss, norm)
+        parts.optimizer.set_rate(rate)
+        parts.optimizer.step(refused)
+        parts.optimizer.zero_grad()
+        return report
+
+
+def backward(parts: Parts, forward: Forward, micros: Iterable[MicroBatch], seed: int) -> Tensor:
+    """The loss of one step, 0-d; its gradients, times the guard's loss scale, in the parameters.
+
+    Args:
+        seed: of the step's dropout masks, 64 bits, signed.
+    """
+    model, scale = parts.model, parts.guard.loss_scale
+    model.train()
+    total = torch.zeros((), device=parts.device)
+    for micro in micros:
+        model.set_dropout(seed, micro.first_row)
+        if parts.config.dropout_masks == "kernel":
+            torch.manual_seed(seed + micro.first_row)  # masks depend on nothing before the step
+        with runtime.casting(parts.device, parts.autocast):
+            loss = forward(micro.ids_BT, micro.targets_BT)
+        loss = loss * micro.weight
+        (loss if scale is None else loss * scale).backward()
+        total += loss.detach()
+    return total
+
+
+def dropout_seed(seed: int, step: int) -> int:
+    """The 64-bit dropout seed of an optimizer step, signed: Philox of the run's seed."""
+    low, high, _, _ = philox(step, step >> 32, 0, DROPOUT_STREAM, torch.tensor(seed))
+    word = int(high) << 32 | int(low)
+    return word - 2**64 if word >= 2**63 else word
+
+
+@dataclasses.dataclass(frozen=True)
+class _UnderWay:
+    """A step that was launched; its report, on the host, is there when the clock has stopped."""
+
+    step: int
+    report: Tensor | None
+    rate: float
+    clock: _Clock
+    data_seconds: float
+
+    def read(self) -> Done:
+        """Waits until the step is done."""
+        seconds = self.clock.seconds()
+        verdict, found = None, [0.0, 0.0, math.nan, math.nan]
+        if self.report is not None:
+            code, *found = self.report.tolist()
+            verdict = Verdict(int(code))
+        z_loss, z_norm, loss, norm = found
+        return Done(
+            self.step, verdict, loss, norm, z_loss, z_norm, self.rate, seconds, self.data_seconds
+        )
+
+
+class _Clock:
+    """Times one step; on CUDA by events, which nobody waits for until the time is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._events[0].record()
+        self._start = time.perf_counter()
+
+    def stop(self) -> None:
+        """Marks the end of what was launched."""
+        if self._cuda:
+            self._events[1].record()
+        self._end = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Waits for the end."""
+        if not self._cuda:
+            return self._end - self._start
+        self._events[1].synchronize()
+        return float(self._events[0].elapsed_time(self._events[1])) / 1e3
+
+
+def _to_host(report: Tensor | None) -> Tensor | None:
+    if report is None or report.device.type == "cpu":
+        return report
+    return torch.empty_like(report, device="cpu", pin_memory=True).copy_(report, non_blocking=True)

@@ -1,0 +1,133 @@
+"""Trains a model on prepared tokens: from a config to a run's folder, to its end or to a signal.
+
+A resumed run repeats the run that was not interrupted, bit for bit on the CPU. What a step does is
+in step.py, what happens around the steps in loop.py, where a run starts in resume.py.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from flashgpt.attention import kernels
+from flashgpt.config import RunConfig, TrainConfig
+from flashgpt.data.batches import Batches
+from flashgpt.data.shards import TokenData
+from flashgpt.locks import BusyError, alone
+from flashgpt.model.gpt2 import GPTModel
+from flashgpt.tokenizer import Tokenizer
+from flashgpt.train import checkpoint, runtime
+from flashgpt.train.feed import Feed
+from flashgpt.train.loop import Listener, Result, Run
+from flashgpt.train.parts import build
+from flashgpt.train.record import Record
+from flashgpt.train.resume import check_start, go_on
+from flashgpt.train.saver import Saver
+from flashgpt.train.step import Stepper
+
+
+class Trainer:
+    """Trains a model on prepared tokens.
+
+    Args:
+        model: is trained in place; moved to the device that `config` names.
+        tokenizer: goes into every checkpoint.
+        config: the `[train]` section.
+
+    Raises:
+        ValueError: a device or precision that this machine does not have, or a step that is no
+            whole number of sequences.
+    """
+
+    def __init__(self, model: GPTModel, tokenizer: Tokenizer, config: TrainConfig) -> None:
+        self.parts = build(model, tokenizer, config)
+
+    def fit(
+        self,
+        data: TokenData,
+        out: Path,
+        run: RunConfig,
+        *,
+        resume: bool = False,
+        listener: Listener | None = None,
+    ) -> Result:
+        """Trains from step 0, or from the newest good checkpoint, to the end of the schedule.
+
+        SIGINT and SIGTERM end it after the step in hand, with a checkpoint.
+
+        Args:
+            data: the prepared tokens.
+            out: the run's folder.
+            run: the whole config, as it goes into the folder.
+            resume: go on from the newest good checkpoint in `out`.
+            listener: hears about steps, evaluations and events.
+
+        Raises:
+            ValueError: `out` holds checkpoints and `resume` is off, another process trains there,
+                or a config that does not fit.
+            TrainingError: the guard refused too many steps in a row.
+            OSError: a checkpoint cannot be written.
+        """
+        listener = listener or Listener()
+        check_start(self.parts.config, out, resume)
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            with alone(out):
+                return self._fit(data, out, run, resume, listener)
+        except BusyError as error:
+            raise ValueError(
+                f"{out} is being trained by another process; wait for it, or choose another --out"
+            ) from error
+        finally:
+            self.parts.model.set_dropout(None)
+
+    def _fit(
+        self, data: TokenData, out: Path, run: RunConfig, again: bool, listener: Listener
+    ) -> Result:
+        model, config = self.parts.model, self.parts.config
+        batches = self._batches(data)
+        # Weights and two moments each; checked now, not at the first checkpoint.
+        checkpoint.check_space(out, 3 * sum(parameter.nbytes for parameter in model.parameters()))
+        checkpoint.remove_temporaries(out)
+        found = go_on(out, data, self.parts, listener.note) if again else None
+        record = Record(out)
+        record.start(run, found.step if found else 0)
+        kernels.clear_receipt()  # the run's record is of this run
+        stepper = Stepper(self.parts, runtime.compiled(model, config, listener.note))
+        stepper.next = found.step if found else 0
+        with (
+            runtime.repeating(config.deterministic),
+            runtime.StopSignals() as signals,
+            self._feed(batches) as feed,
+            Saver() as saver,
+        ):
+            this = Run(
+                self.parts, data, batches, run, record, feed, stepper, saver, signals, listener
+            )
+            return this.go(None if found is None else found.path)
+
+    def time_step(self, data: TokenData, seconds: float) -> float:
+        """Median seconds per optimizer step, from about `seconds` of training.
+
+        Changes the weights: use a trainer that is thrown away.
+        """
+        times: list[float] = []
+
+        def enough() -> bool:
+            return bool(times) and sum(times) >= seconds
+
+        parts = self.parts
+        stepper = Stepper(parts, parts.model)
+        with self._feed(self._batches(data)) as feed:
+            for done in stepper.completed(feed, parts.config.steps, lambda _: True, enough):
+                times.append(done.seconds)
+        parts.model.set_dropout(None)
+        return statistics.median(times)
+
+    def _batches(self, data: TokenData) -> Batches:
+        config, context = self.parts.config, self.parts.model.cfg.context_length
+        return Batches(data.train, context, self.parts.rows, config.seed)
+
+    def _feed(self, batches: Batches) -> Feed:
+        micro = self.parts.config.micro_batch or self.parts.rows
+        return Feed(batches, self.parts.rows, micro, self.parts.device)
