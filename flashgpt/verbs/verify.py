@@ -7,20 +7,26 @@ twice (rms: 1.25 times) that of standard attention in the same precision, plus a
 bit, memory when T doubles, and results that are known without attention. Exit status 0: everything
 passed.
 
+With --run: proves that the run goes on from a checkpoint bit for bit as if it had not stopped, on
+both settings of the switch. The run is not touched.
+
 examples:
   flashgpt verify
   flashgpt verify --checkpoint runs/demo
   flashgpt verify --full --json
+  flashgpt verify --run runs/demo
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typing_extensions import Doc
 
+from flashgpt.cli import UsageError
 from flashgpt.verbs.parse import Flag, parse
 
 if TYPE_CHECKING:
@@ -38,6 +44,8 @@ class Args:
     checkpoint: Annotated[
         str | None, Doc("audit this run or GPT-2 folder; a small random model when left out")
     ] = None
+    run: Annotated[str | None, Doc("prove that this run resumes bit for bit, and stop")] = None
+    steps: Annotated[int, Doc("with --run: N of N + N steps against 2 N")] = 3
     full: Annotated[bool, Flag, Doc("every size and shape of the grid (minutes, not seconds)")] = (
         False
     )
@@ -56,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
     from flashgpt.verbs.console import console
 
     out = console(stderr=args.json)
+    if args.run:
+        return _prove(out, Path(args.run), args)
     if args.checkpoint:
         model, _ = load(args.checkpoint)
     else:
@@ -67,6 +77,43 @@ def main(argv: Sequence[str]) -> int:
     if args.json:
         print(_json(found))
     return 0 if found.passed else 1
+
+
+def _prove(out: Console, run: Path, args: Args) -> int:
+    """N + N steps against 2 N on a run; prints what was compared, and the verdict."""
+    from flashgpt.data.prepare import prepare
+    from flashgpt.data.shards import TokenData
+    from flashgpt.toml import load_toml
+    from flashgpt.train.proof import prove
+    from flashgpt.verbs.console import table
+
+    if args.steps < 1:
+        raise UsageError(f"--steps must be at least 1, got {args.steps}")
+    if not (run / "config.toml").exists():
+        raise ValueError(f"{run} is no run: it has no config.toml")
+    data = TokenData.open(prepare(load_toml(run / "config.toml").data))
+    with out.status("proving") as status:
+        found = prove(run, data, args.steps, lambda text: status.update(f"proving {text}"))
+    rows = [
+        (
+            f"use_flash = {row.use_flash}: {row.what}",
+            f"{row.values:,}",
+            "equal" if row.passed else f"differ by up to {row.largest:.1e}",
+        )
+        for row in found
+    ]
+    title = f"{args.steps} + {args.steps} steps against {2 * args.steps}"
+    out.print(table(title, ("", "numbers", ""), rows))
+    passed = all(row.passed for row in found)
+    if passed:
+        out.print("verdict: resumes bit for bit")
+    else:
+        out.print("verdict: FAILED; on a GPU train.deterministic = true makes steps repeat")
+    if args.json:
+        import json
+
+        print(json.dumps({"passed": passed, "rows": [dataclasses.asdict(row) for row in found]}))
+    return 0 if passed else 1
 
 
 def audit(out: Console, model: GPTModel, full: bool = False) -> Audit:
