@@ -201,7 +201,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--every", type=int, default=25, help="steps between evaluations")
     add("--eval-tokens", type=int, default=131072, help="validation tokens of an evaluation")
     add("--adamw-lr", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="AdamW's grid")
-    add("--muon-lr", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="Muon's grid")
+    add("--muon-lr", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="Muon's grid")
     add("--seeds", type=int, default=2, help="runs at the best rate of each variant")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="as train.compile")
     out = Path(__file__).with_suffix("")
@@ -274,6 +274,9 @@ def _record(bench: Bench, runs: Sequence[Run]) -> dict[str, Any]:
         "data": {
             "text": bench.data.describe(),
             "fingerprint": bench.data.fingerprint,
+            "epochs": bench.options.steps
+            * bench.options.tokens_per_step
+            / bench.data.train.n_tokens,
             "validation_tokens": bench.options.eval_tokens,
         },
         "variants": summarise(runs),
@@ -329,7 +332,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
     left.set_xlabel("optimizer step")
     left.set_ylabel("validation loss (nats per token)")
     left.legend(fontsize=8)
+    rates = sorted({run["lr"] for run in record["runs"]})
     right.set_xscale("log")
+    right.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    right.minorticks_off()
     right.set_xlabel("learning rate")
     right.set_ylabel("validation loss after the last step")
     for axes in (left, right):

@@ -22,7 +22,8 @@ from flashgpt.attention.request import Request
 from flashgpt.cli import main
 from flashgpt.config import TrainConfig
 from flashgpt.measure import audit
-from flashgpt.train import optimizer
+from flashgpt.measure.memory import peak_bytes
+from flashgpt.train import optimizer, runtime
 from flashgpt.train.muon import Muon
 
 pytestmark = [
@@ -136,6 +137,30 @@ def test_a_step_or_its_refusal_does_not_wait_for_the_device(
             torch.cuda.set_sync_debug_mode("default")
         same = [torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
         assert all(same) if refused else not any(same)
+
+
+@pytest.mark.parametrize("use_flash", [True, False])
+def test_activation_checkpointing_changes_no_bit_and_takes_less_memory(use_flash: bool) -> None:
+    ids = torch.arange(8 * 128, device=CUDA).view(8, 128) % 300
+    found, peaks = [], []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = GPTModel({**CFG, "n_layers": 8, "use_flash": use_flash}).to(CUDA)
+        model.set_attention(deterministic=True)
+        model.set_checkpointing(on)
+        model.set_dropout(3)
+
+        def step(model: GPTModel = model) -> None:
+            with runtime.casting(CUDA, torch.bfloat16):
+                loss = model(ids, ids)
+            loss.backward()
+
+        with runtime.repeating(True):
+            step()
+            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+            peaks.append(peak_bytes(step, CUDA))
+    assert all(map(torch.equal, *found))
+    assert peaks[1] < 0.5 * peaks[0], peaks
 
 
 TRAIN = (

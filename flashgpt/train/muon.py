@@ -94,7 +94,8 @@ class Muon(torch.optim.Optimizer):
         """One update; asks the device for nothing."""
         for group in self.param_groups:
             for matrices in self._batches(group):
-                weight_MAC, gradient_MAC, old_MAC = map(torch.stack, zip(*matrices, strict=True))
+                weights, gradients, momenta = zip(*matrices, strict=True)
+                weight_MAC, gradient_MAC, old_MAC = map(torch.stack, (weights, gradients, momenta))
                 momentum_MAC = old_MAC.lerp(gradient_MAC, 1 - MOMENTUM)
                 update_MAC = orthogonalise(gradient_MAC.lerp(momentum_MAC, MOMENTUM))
                 rate = group["lr"] * ADAMW_RMS * math.sqrt(max(update_MAC.shape[1:]))
@@ -104,11 +105,8 @@ class Muon(torch.optim.Optimizer):
                     refused = self.found_inf > 0
                     moved_MAC = torch.where(refused, weight_MAC, moved_MAC)
                     momentum_MAC = torch.where(refused, old_MAC, momentum_MAC)
-                for matrix, moved_AC, momentum_AC in zip(
-                    matrices, moved_MAC, momentum_MAC, strict=True
-                ):
-                    matrix.weight.copy_(moved_AC)
-                    matrix.momentum.copy_(momentum_AC)
+                torch._foreach_copy_(weights, moved_MAC.unbind())
+                torch._foreach_copy_(momenta, momentum_MAC.unbind())
 
     def _batches(self, group: dict[str, Any]) -> Iterable[list[_Matrix]]:
         """The group's matrices that have a gradient, by shape."""

@@ -121,31 +121,20 @@ def build(model: nn.Module, config: TrainConfig) -> Optimizer:
 
     The query, key and value matrices, which one parameter holds, are three to Muon.
     """
-    names = {parameter: name for name, parameter, _ in roles(model)}
-    by_role: dict[Role, list[nn.Parameter]] = {role: [] for role in DECAYS}
-    for _, parameter, role in roles(model):
-        by_role[role].append(parameter)
+    found = list(roles(model))
+    names = {parameter: name for name, parameter, _ in found}
+    by_role = {role: [p for _, p, its_role in found if its_role == role] for role in DECAYS}
     parts: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         split: dict[int, list[nn.Parameter]] = {1: [], 3: []}
         for parameter in by_role.pop("matrix"):
             split[3 if names[parameter].endswith(QUERY_KEY_VALUE) else 1].append(parameter)
-        matrices = [{"params": found, "split": count} for count, found in split.items()]
+        matrices = [{"params": params, "split": count} for count, params in split.items()]
         parts.append(Muon(matrices, lr=config.lr, weight_decay=config.weight_decay))
     groups = [
-        {"params": found, "weight_decay": config.weight_decay if DECAYS[role] else 0.0}
-        for role, found in by_role.items()
+        {"params": params, "weight_decay": config.weight_decay if DECAYS[role] else 0.0}
+        for role, params in by_role.items()
     ]
     betas = (config.beta1, config.beta2)
     parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True))
     return Optimizer(names, parts)
-
-
-def state_tensors(optimizer: Optimizer, _: nn.Module) -> dict[str, Tensor]:
-    """As the method of that name."""
-    return optimizer.state_tensors()
-
-
-def load_state_tensors(optimizer: Optimizer, _: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """As the method of that name."""
-    optimizer.load_state_tensors(tensors)
