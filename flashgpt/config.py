@@ -107,6 +107,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-xl": _shape(1024, 1600, 25, 48, 0.1, True),
 }
 GPT2_VOCAB_SIZE = 50257
+WEIGHTS_ALLOW = ("use_flash", "drop_rate", "context_length")  # to differ from init_from's
 
 
 def preset(name: str, *, vocab_size: int = GPT2_VOCAB_SIZE, **changes: Any) -> GPTConfig:
@@ -122,9 +123,12 @@ def preset(name: str, *, vocab_size: int = GPT2_VOCAB_SIZE, **changes: Any) -> G
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The `[model]` section: a preset, and the keys that differ from it."""
+    """The `[model]` section: a preset or weights to start from, and the keys that differ."""
 
     preset: Annotated[str, Doc(f"shape to start from: {', '.join(PRESETS)}")] = "tiny"
+    init_from: Annotated[
+        str | None, Doc("weights to start from: a run, a checkpoint, a Hugging Face GPT-2 folder")
+    ] = None
     vocab_size: Annotated[int | None, Doc("token ids (count); the tokenizer's when left out")] = (
         None
     )
@@ -145,15 +149,26 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_types(self, "model")
         preset(self.preset)
+        if self.init_from is not None and self.preset != ModelConfig.preset:
+            raise ValueError(
+                f"model.preset must be left out with model.init_from, got {self.preset!r}"
+            )
 
-    def resolve(self, vocab_size: int) -> GPTConfig:
+    def resolve(self, vocab_size: int, base: GPTConfig | None = None) -> GPTConfig:
         """The complete model for a tokenizer of `vocab_size` ids.
 
+        Args:
+            base: the model of `init_from`, in place of the preset.
+
         Raises:
-            ValueError: `vocab_size` is set here and is smaller than the tokenizer's.
+            ValueError: `vocab_size` is set here and is smaller than the tokenizer's; a key that
+                the weights of `base` do not allow.
         """
         changes = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        changes.pop("preset")
+        for key in ("preset", "init_from"):
+            changes.pop(key, None)
+        if base is not None:
+            return self._on(base, vocab_size, changes)
         wanted = changes.pop("vocab_size", vocab_size)
         if wanted < vocab_size:
             raise ValueError(
@@ -162,9 +177,31 @@ class ModelConfig:
             )
         return preset(self.preset, vocab_size=wanted, **changes)
 
+    def _on(self, base: GPTConfig, vocab_size: int, changes: dict[str, Any]) -> GPTConfig:
+        """`base` with the keys changed that its weights allow."""
+        if vocab_size > base.vocab_size:
+            raise ValueError(
+                f"data.tokenizer must have at most the {base.vocab_size} ids of {self.init_from}, "
+                f"got {vocab_size}"
+            )
+        there = base.to_dict()
+        for key, value in changes.items():
+            if key == "context_length" and value > base.context_length:
+                raise ValueError(
+                    f"model.context_length must be at most {base.context_length} as in "
+                    f"{self.init_from}, got {value}: positions are learnt, and no later one has "
+                    "weights"
+                )
+            if key not in WEIGHTS_ALLOW and value != there[key]:
+                raise ValueError(
+                    f"model.{key} must be {there[key]} as in {self.init_from}, got {value}; leave "
+                    "it out"
+                )
+        return GPTConfig.from_dict({**there, **changes})
+
     def pinned(self, cfg: GPTConfig) -> ModelConfig:
         """This section with every key of `cfg` written out, so that a run can be repeated."""
-        return ModelConfig(preset=self.preset, **cfg.to_dict())
+        return dataclasses.replace(self, **cfg.to_dict())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,6 +409,8 @@ class RunConfig:
         Raises:
             ValueError: they make no model, or a step that is no whole number of sequences.
         """
+        if self.model.init_from is not None:
+            return  # the shape stands there, and is looked at when the weights are
         wanted = self.model.vocab_size
         cfg = self.model.resolve(GPT2_VOCAB_SIZE if wanted is None else wanted)
         self.train.rows(cfg.context_length)

@@ -20,6 +20,7 @@ from flashgpt.fields import check_keys, documented_fields
 from flashgpt.generation.decode import TextGenerator, check_prompt
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.tokenizer import Tokenizer
+from flashgpt.train import checkpoint, initial
 from flashgpt.train.loop import Listener, Result
 from flashgpt.train.record import add_sample
 from flashgpt.train.trainer import Trainer
@@ -96,9 +97,13 @@ def train(
         ValueError, OSError, TrainingError: as `Trainer.fit` says.
     """
     listener = listener or Listener()
-    cfg = run.model.resolve(data.tokenizer.vocab_size)
+    # A run that goes on has its weights, and the shape is written in its config.
+    source = None if resume and checkpoint.steps(out) else run.model.init_from
+    cfg = run.model.resolve(data.tokenizer.vocab_size, initial.shape(source) if source else None)
     check_prompt(data.tokenizer.encode(run.sample.prompt), cfg)  # not after hours of training
     system = assemble(cfg, data.tokenizer, run.train)
+    if source:
+        listener.note(initial.load_into(system.model, source))
     run = dataclasses.replace(run, model=run.model.pinned(cfg))
     result = system.trainer.fit(data, out, run, resume=resume, listener=listener)
     if result.evaluation is not None:

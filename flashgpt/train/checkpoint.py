@@ -222,7 +222,7 @@ def load(path: str | Path, *, best: bool = False) -> tuple[GPTModel, Tokenizer |
     Raises:
         ValueError: nothing that can be loaded, or it is damaged; the message names it.
     """
-    folder = _model_folder(Path(path), best)
+    folder = model_folder(Path(path), best)
     if (folder / "trainer").exists():
         check(folder)
     model = huggingface.load(folder).eval()
@@ -230,7 +230,8 @@ def load(path: str | Path, *, best: bool = False) -> tuple[GPTModel, Tokenizer |
     return model, Tokenizer.load(folder) if has_tokenizer else None
 
 
-def _model_folder(path: Path, best: bool) -> Path:
+def model_folder(path: Path, best: bool = False) -> Path:
+    """Where `load` finds model and tokenizer; raises what it raises."""
     if (path / "config.json").exists():
         return path
     if not path.is_dir():

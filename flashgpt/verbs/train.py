@@ -7,6 +7,7 @@ examples:
   flashgpt train --data.source books/ --model.preset gpt2 --train.steps 5000 --out runs/books
   flashgpt train runs/mine/config.toml --out runs/again
   flashgpt train --resume --out runs/mine
+  flashgpt train --model.init-from runs/mine --data.source more.txt --out runs/tuned
   flashgpt train --model.use-flash False --print-config
   flashgpt train --replay runs/mine/incidents/step_00000124 --model.use-flash False
 """
@@ -105,11 +106,14 @@ def main(argv: Sequence[str]) -> int:
     from flashgpt import orchestrator
     from flashgpt.data.prepare import prepare
     from flashgpt.data.shards import TokenData
+    from flashgpt.train.initial import with_tokenizer
     from flashgpt.train.resume import check_start
     from flashgpt.verbs.console import console, counting, training
 
     out, folder, config = console(), Path(args.out), args.run
     check_start(config.train, folder, args.resume)
+    if not args.resume:
+        config = with_tokenizer(config)
     with counting(out) as progress:
         data = TokenData.open(prepare(config.data, progress=progress))
     out.print(data.describe())

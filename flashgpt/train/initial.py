@@ -1,0 +1,65 @@
+"""Weights to start from that are not random: a run's, a checkpoint's, a Hugging Face GPT-2's."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from flashgpt.config import DataConfig, GPTConfig, RunConfig
+from flashgpt.interop.huggingface import read_config
+from flashgpt.model.gpt2 import GPTModel
+from flashgpt.tokenizer import Tokenizer
+from flashgpt.train import checkpoint
+
+
+def with_tokenizer(run: RunConfig) -> RunConfig:
+    """The config with the tokenizer that the weights of `model.init_from` know.
+
+    Raises:
+        ValueError: they come with none and none is named, or another one is named.
+    """
+    if run.model.init_from is None:
+        return run
+    folder = checkpoint.model_folder(Path(run.model.init_from))
+    named = run.data.tokenizer != DataConfig.tokenizer
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        if named:
+            return run
+        raise ValueError(
+            f"{folder} has no tokenizer; name the one it was trained with: data.tokenizer (gpt2 "
+            "for OpenAI's weights)"
+        )
+    if named and Tokenizer.load(run.data.tokenizer).digest != Tokenizer.load(folder).digest:
+        raise ValueError(
+            f"data.tokenizer must be that of {folder}, got {run.data.tokenizer}; leave it out"
+        )
+    if named:
+        return run
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=str(folder)))
+
+
+def shape(init_from: str) -> GPTConfig:
+    """The model that lies there.
+
+    Raises:
+        ValueError: no run and no GPT-2 folder, or a damaged one.
+    """
+    return read_config(checkpoint.model_folder(Path(init_from)))
+
+
+def load_into(model: GPTModel, init_from: str) -> str:
+    """Copies the weights, the first positions of them where `model` has fewer; says what was done.
+
+    Raises:
+        ValueError: as `checkpoint.load`.
+    """
+    source, _ = checkpoint.load(init_from)
+    here, there = model.cfg.context_length, source.cfg.context_length
+    state = source.state_dict()
+    state["wpe.weight"] = state["wpe.weight"][:here]
+    with torch.no_grad():
+        model.load_state_dict(state)
+    cropped = f", the first {here} of its {there} positions" if here < there else ""
+    return f"starts from the weights of {init_from}{cropped}"
