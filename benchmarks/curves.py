@@ -50,7 +50,7 @@ import torch
 from flashgpt import __version__
 from flashgpt.attention import kernels
 from flashgpt.config import TrainConfig
-from flashgpt.data import corpus
+from flashgpt.data import corpus, files
 from flashgpt.data.batches import Batches
 from flashgpt.data.shards import TokenSplit
 from flashgpt.model.gpt2 import GPTModel
@@ -118,7 +118,7 @@ def _stdlib() -> tuple[TokenSplit, str]:
     """Python's standard library as byte ids in a fixed order, and the digest of the ids."""
     parts: list[np.ndarray[Any, np.dtype[np.uint16]]] = []
     starts, size, n_bytes = [0], 0, 0
-    for piece in corpus.documents(corpus.survey(corpus.find_files(["stdlib"])).files):
+    for piece in corpus.documents(corpus.survey(files.find_files(["stdlib"])).files):
         content = np.frombuffer(piece.text.encode("utf-8"), np.uint8).astype(np.uint16)
         parts.append(content)
         size, n_bytes = size + len(content), n_bytes + len(content)

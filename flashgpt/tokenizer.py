@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import builtins
 import codecs
+import concurrent.futures
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,8 +152,23 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, spread over the CPU's cores."""
-        encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [encoding.ids for encoding in self._encodings(texts)]
+
+    def encode_batches(self, batches: Iterable[Sequence[str]]) -> Iterator[list[list[int]]]:
+        """`encode_batch` of each batch, in order; while the caller makes use of one, or reads the
+        one after next, the next is being encoded."""
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            running: concurrent.futures.Future[list[tokenizers.Encoding]] | None = None
+            for texts in batches:
+                ahead = thread.submit(self._encodings, texts)
+                if running:
+                    yield [encoding.ids for encoding in running.result()]
+                running = ahead
+            if running:
+                yield [encoding.ids for encoding in running.result()]
+
+    def _encodings(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        return self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; specials are left out, invalid UTF-8 becomes U+FFFD.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,24 @@ def test_any_text_comes_back_and_is_never_a_special_token(tokenizer: Tokenizer, 
     assert tokenizer.encode_batch([text, "", text]) == [ids, [], ids]
     assert b"".join(tokenizer.token_bytes[token] for token in ids) == text.encode()
     assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
+
+
+def test_batches_come_in_order_and_one_is_read_ahead() -> None:
+    tokenizer = Tokenizer.bytes()
+    batches = [[chr(0x61 + n) * n, "x"] for n in range(6)]
+    read = 0
+
+    def reading() -> Iterator[list[str]]:
+        nonlocal read
+        for batch in batches:
+            read += 1
+            yield batch
+
+    for done, encoded in enumerate(tokenizer.encode_batches(reading()), 1):
+        assert encoded == tokenizer.encode_batch(batches[done - 1])
+        assert done <= read <= done + 1
+    assert done == 6
+    assert list(tokenizer.encode_batches([])) == []
 
 
 @given(data=st.data())

@@ -1,4 +1,4 @@
-"""Corpus: which files, whether they are text, and what they say.
+"""Corpus: whether files are text, what they say, and what of it is held out.
 
 pytest tests/data/test_corpus.py
 """
@@ -6,7 +6,6 @@ pytest tests/data/test_corpus.py
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashgpt.data import corpus
-from flashgpt.data.corpus import documents, find_files, held_out, sample, survey
+from flashgpt.data.corpus import documents, held_out, sample, survey
+from flashgpt.data.files import SourceFile, find_files
 from flashgpt.tokenizer import Tokenizer
 
 
@@ -37,109 +37,17 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_folder_gives_its_visible_files_in_order(folder: Path) -> None:
-    assert names(folder) == ["books/a.txt", "books/b.txt", "books/sub/c.md", "books/sub/deep/d.txt"]
-    assert not any(file.explicit for file in find_files([str(folder)]))
-
-
-def test_names_do_not_depend_on_where_the_corpus_lies(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = names(folder)
-    monkeypatch.chdir(folder.parent)
-    assert names("books") == names("./books/") == expected
-    monkeypatch.chdir(folder)
-    assert names(".") == expected
-    assert names("*.txt") == ["books/a.txt", "books/b.txt"]
-
-
-def test_globs_reach_through_folders(folder: Path) -> None:
-    assert names(folder / "*.txt") == ["books/a.txt", "books/b.txt"]
-    assert names(folder / "**" / "*.txt") == ["books/a.txt", "books/b.txt", "books/sub/deep/d.txt"]
-    assert names(folder / "s*" / "*") == ["books/sub/c.md"]
-
-
-def test_a_name_with_wildcard_characters_is_the_file_if_there_is_one(tmp_path: Path) -> None:
-    path = write(tmp_path / "what[1].txt", "text")
-    (file,) = find_files([str(path)])
-    assert (file.path, file.name, file.explicit) == (path, "what[1].txt", True)
-
-
-def test_each_file_counts_once(folder: Path) -> None:
-    (folder / "again.txt").symlink_to(folder / "a.txt")
-    # Two loops: without care for folders already entered, the walk would take 2^40 turns.
-    (folder / "loop").symlink_to(folder)
-    (folder / "sub" / "loop").symlink_to(folder)
-    (folder / "broken").symlink_to(folder / "nothing")
-    found = find_files([str(folder), str(folder / "sub"), str(folder / "*.txt"), f"{folder}/b.txt"])
-    real = [file.path.resolve().relative_to(folder).as_posix() for file in found]
-    assert real == ["a.txt", "b.txt", "sub/c.md", "sub/deep/d.txt"]
-    assert [file.explicit for file in found] == [False, True, False, False]
-
-
-def test_a_linked_folder_is_read(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "links").mkdir()
-    (tmp_path / "links" / "there").symlink_to(folder / "sub")
-    assert names(tmp_path / "links") == ["links/there/c.md", "links/there/deep/d.txt"]
-
-
-def test_prepared_tokens_below_a_folder_are_no_text_of_it(folder: Path) -> None:
-    expected = names(folder)
-    for name in ("dataset.json", "train-00000.bin", "tokenizer.json"):
-        write(folder / "data" / "books-bpe" / name, "{}")
-    assert names(folder) == expected
-
-
-def test_stdlib_is_pythons_own_source_without_its_tests() -> None:
-    files = find_files(["stdlib"])
-    found = [file.name for file in files]
-    assert {"stdlib/os.py", "stdlib/json/decoder.py"} <= set(found)
-    assert found == [file.name for file in find_files(["stdlib"])]
-    parts = {part for name in found for part in name.split("/")}
-    assert not parts & {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
-    assert all(name.endswith(".py") for name in found)
-    assert sum(file.path.stat().st_size for file in files) > 8e6
-
-
-@pytest.mark.parametrize("source", ["missing.txt", "missing/*.txt", "empty", "hidden", "folders/*"])
-def test_a_source_without_files_is_named(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "folders" / "one").mkdir(parents=True)
-    write(tmp_path / "hidden" / ".secret", "text")
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "good.txt", "text")
-    with pytest.raises(ValueError, match=re.escape(repr(source))) as raised:
-        find_files(["good.txt", source])
-    assert str(raised.value).startswith("data.source must name")
-    assert "\n" not in str(raised.value)
-
-
-def test_a_source_that_is_neither_file_nor_folder_is_refused(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="pipe', which is neither"):
-        find_files([str(tmp_path / "pipe")])
-
-
-def test_unreadable_files_and_folders_are_named(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_files_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = find_files([str(folder)])
 
     def refuse(path: object, *_: object, **__: object) -> object:
         raise PermissionError(13, "Permission denied", str(path))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(corpus, "open", refuse, raising=False)
-        with pytest.raises(ValueError, match=r"a\.txt cannot be read: Permission denied; change"):
-            survey(files)
-        with pytest.raises(ValueError, match=r"a\.txt cannot be read"):
-            list(documents(files))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "scandir", refuse)
-        with pytest.raises(ValueError, match="books cannot be read: Permission denied; change"):
-            find_files([str(folder)])
+    monkeypatch.setattr(corpus, "open", refuse, raising=False)
+    with pytest.raises(ValueError, match=r"a\.txt cannot be read: Permission denied; change"):
+        survey(files)
+    with pytest.raises(ValueError, match=r"a\.txt cannot be read"):
+        list(documents(files))
 
 
 BAD = [
@@ -201,8 +109,8 @@ def test_text_is_not_changed_and_documents_are_closed(tmp_path: Path) -> None:
     for number, text in enumerate(texts):
         write(tmp_path / f"{number}.txt", text)
     pieces = list(documents(find_files([str(tmp_path)])))
-    assert [(piece.document, piece.text, piece.last) for piece in pieces] == [
-        (number, text, True) for number, text in enumerate(texts)
+    assert [(piece.document, piece.text, piece.first, piece.last) for piece in pieces] == [
+        (number, text, True, True) for number, text in enumerate(texts)
     ]
 
 
@@ -224,6 +132,7 @@ def test_pieces_make_the_text_and_have_the_tokens_of_the_whole(
         pieces = list(documents(find_files([str(path)])))
     assert "".join(piece.text for piece in pieces) == text
     assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert [piece.first for piece in pieces] == [True] + [False] * (len(pieces) - 1)
     assert all(0 < len(piece.text) <= 16 for piece in pieces)
     for before, after in itertools.pairwise(pieces):
         natural = after.text[0] in " \n" and not before.text[-1].isspace()
@@ -274,7 +183,7 @@ def test_growing_the_corpus_keeps_the_split_nearly(tmp_path: Path) -> None:
 @settings(max_examples=100, deadline=None)
 def test_something_is_held_out_and_never_too_much(sizes: list[int], salt: int) -> None:
     files = tuple(
-        corpus.TextFile(Path(f"{number}"), f"{salt}/{number}", False, "corpus")
+        SourceFile(Path(f"{number}"), f"{salt}/{number}", False, "corpus")
         for number in range(len(sizes))
     )
     held = held_out(corpus.Survey(files, tuple(sizes), ("",) * len(sizes), ()))
