@@ -210,7 +210,7 @@ class DataConfig:
 
     source: Annotated[
         tuple[str, ...],
-        Doc("text files, folders, globs, a prepared folder, or stdlib (Python's own source)"),
+        Doc("text or .jsonl files, folders, globs, a prepared folder, or stdlib (Python's source)"),
     ] = ("stdlib",)
     tokenizer: Annotated[
         str,
@@ -218,6 +218,10 @@ class DataConfig:
     ] = "bpe"
     vocab_size: Annotated[int, Doc("size of a tokenizer that is trained (token ids)")] = 8192
     cache: Annotated[str, Doc("folder that keeps prepared tokens for the next run")] = "data"
+    field: Annotated[
+        str,
+        Doc("field of .jsonl lines that is the text; lines without it: prompt and completion"),
+    ] = "text"
 
     def __post_init__(self) -> None:
         check_types(self, "data")

@@ -1,6 +1,6 @@
 """From text on disk to batches, in the order of the data.
 
-`files` finds what `data.source` names, `corpus` reads text, `encode` turns it into tokens, whose
+`files` finds what `data.source` names, `corpus` and `jsonl` read text, `encode` makes it tokens, whose
 parts `journal` keeps; `writer` and `shards` write and read token files, `prepare` is all of this in
 one call; `batches` says which tokens a step sees. Nothing here imports torch.
 """

@@ -5,7 +5,8 @@ own devices or processes: every process can ask for any rows of any step's batch
 
 A window is context_length + 1 tokens: the first context_length are the input, the last
 context_length the targets. Windows start at multiples of context_length in each shard, so that
-every token but a shard's first is a target of one window at most.
+every token but a shard's first is a target of one window at most. Targets that do not count are
+-100 (`IGNORE`), and where none of a window's counts, it is no window.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from flashgpt.data.shards import TokenSplit
 
+IGNORE = -100  # a target that does not count; the model's loss passes over it
 Int64s = npt.NDArray[np.int64]
 Batch = tuple[Int64s, Int64s]
 
@@ -39,6 +41,11 @@ class Batches:
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed must be in [0, 2^64), got {seed}")
         self._windows = _Windows(split, context_length, rows)
+        if self._windows.complete and not self._windows.count:
+            raise ValueError(
+                f"corpus must have a window of context_length {context_length} with a target that "
+                "counts, got none; use more text or a larger model.context_length"
+            )
         if not self._windows.count:
             longest = max((len(shard) for shard in split.tokens), default=0)
             raise ValueError(
@@ -66,7 +73,8 @@ class Batches:
             count: rows (count).
 
         Returns:
-            ids and targets, int64 [count, context_length]; targets are the ids one token on.
+            ids and targets, int64 [count, context_length]; targets are the ids one token on, or
+            -100 where they do not count.
 
         Raises:
             ValueError: `step` is negative, or the rows are not in the batch.
@@ -103,7 +111,7 @@ class Batches:
 def eval_windows(
     split: TokenSplit, context_length: int, rows: int, max_tokens: int | None = None
 ) -> Iterator[Batch]:
-    """Consecutive windows in order; every token is predicted once at most.
+    """Consecutive windows in order; every token that counts is predicted once at most.
 
     Args:
         split: the tokens.
@@ -117,7 +125,7 @@ def eval_windows(
         shorter batch of one row.
 
     Raises:
-        ValueError: no shard has two tokens, or a number is out of range.
+        ValueError: no shard has two tokens, no target counts, or a number is out of range.
     """
     windows = _Windows(split, context_length, rows)
     targets = sum(len(shard) - 1 for shard in split.tokens)
@@ -125,6 +133,10 @@ def eval_windows(
         raise ValueError(
             f"validation must have at least 2 tokens, got {split.n_tokens}; use more text"
         )
+    if len(split.ignored) == len(split.tokens) and all(
+        mask[1:].all() for mask in split.ignored.values()
+    ):
+        raise ValueError("validation must have a target that counts, got none; use more text")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     if max_tokens is None or max_tokens >= targets or not windows.count:
@@ -134,31 +146,50 @@ def eval_windows(
 
 
 class _Windows:
-    """The complete windows of a split, numbered through its shards."""
+    """The complete windows of a split in which a target counts, numbered through its shards."""
 
     def __init__(self, split: TokenSplit, context_length: int, rows: int) -> None:
         for name, value in (("context_length", context_length), ("rows", rows)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self._tokens = split.tokens
+        self._tokens, self._ignored = split.tokens, split.ignored
         self._length, self._rows = context_length, rows
-        counts = [max(len(shard) - 1, 0) // context_length for shard in split.tokens]
+        self._complete = [max(len(shard) - 1, 0) // context_length for shard in split.tokens]
+        self._counting = [self._with_target(shard) for shard in range(len(split.tokens))]
+        counts = [len(windows) for windows in self._counting]
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.count = sum(counts)
+        self.complete = sum(self._complete)
+
+    def _with_target(self, shard: int) -> Sequence[int] | Int64s:
+        """Numbers of the complete windows of a shard in which a target counts."""
+        complete = self._complete[shard]
+        if shard not in self._ignored:
+            return range(complete)
+        ignored = self._ignored[shard][1 : complete * self._length + 1]
+        return np.flatnonzero(~ignored.reshape(complete, self._length).all(axis=1))
 
     def place(self, index: int) -> tuple[int, int]:
         """Shard and offset (tokens) of the window of this number."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         within = index - (int(self._ends[shard - 1]) if shard else 0)
-        return shard, within * self._length
+        return shard, int(self._counting[shard][within]) * self._length
 
     def gather(self, indices: Sequence[int]) -> Batch:
         """The windows of these numbers, as ids and targets."""
-        block = np.empty((len(indices), self._length + 1), np.int64)
+        ids, targets = np.empty((2, len(indices), self._length), np.int64)
         for row, index in enumerate(indices):
             shard, start = self.place(index)
-            block[row] = self._tokens[shard][start : start + self._length + 1]
-        return block[:, :-1].copy(), block[:, 1:].copy()
+            ids[row], targets[row] = self._cut(shard, start, start + self._length + 1)
+        return ids, targets
+
+    def _cut(self, shard: int, start: int, stop: int) -> Batch:
+        """Ids of a shard but for the last one, and the id after each as its target."""
+        tokens = self._tokens[shard][start:stop].astype(np.int64)
+        targets = tokens[1:].copy()
+        if shard in self._ignored:
+            targets[self._ignored[shard][start + 1 : stop]] = IGNORE
+        return tokens[:-1], targets
 
     def some(self, indices: Sequence[int]) -> Iterator[Batch]:
         """The windows of these numbers, in batches."""
@@ -168,9 +199,10 @@ class _Windows:
     def all(self) -> Iterator[Batch]:
         """Every window in batches, and after each shard what remains of it as one row."""
         begin = 0
-        for shard, end in zip(self._tokens, self._ends.tolist(), strict=True):
+        for shard, end in enumerate(self._ends.tolist()):
             yield from self.some(range(begin, end))
-            rest = shard[(end - begin) * self._length :].astype(np.int64)
-            if len(rest) > 1:
-                yield rest[None, :-1], rest[None, 1:]
+            start = self._complete[shard] * self._length
+            ids, targets = self._cut(shard, start, len(self._tokens[shard]))
+            if (targets != IGNORE).any():
+                yield ids[None], targets[None]
             begin = end

@@ -4,7 +4,8 @@ Owns the check that files are UTF-8 text, reading in pieces, and which text is h
 validation or teaches a tokenizer. Does not own which files there are (`flashgpt.data.files`), or
 tokens (`flashgpt.data.shards`).
 
-One file is one document. Nothing in the text is changed: line ends stay as they are.
+One file is one document, but in a .jsonl file each line is one (`flashgpt.data.jsonl`). Nothing in
+the text is changed: line ends stay as they are.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
 
+from flashgpt.data import jsonl
 from flashgpt.data.files import SourceFile, unreadable
+from flashgpt.data.jsonl import is_jsonl
 
 # Characters in one piece of text; bounds memory, and gives the tokenizer's threads equal work.
 PIECE = 1 << 16
@@ -22,50 +27,83 @@ PIECE = 1 << 16
 SAMPLE = 8_000_000
 _BLOCK = 4096
 _CHUNK = 1 << 20
+GROUPS = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What a first reading found: the text files with their sizes (bytes) and digests, in order,
-    and the names of the files left out because they are not UTF-8 text."""
+    """What a first reading found.
+
+    Attributes:
+        files: those that have text, in order.
+        sizes: UTF-8 bytes of text of each; of JSON lines, of the strings that are the documents.
+        digests: of the content of each.
+        skipped: names of the files left out because they are not UTF-8 text.
+        n_documents: documents of all files.
+        groups: with JSON lines, bytes of text in each of the groups that documents fall into; else
+            empty, and each file is a group.
+        field: the field of JSON lines that is the text.
+    """
 
     files: tuple[SourceFile, ...]
     sizes: tuple[int, ...]
     digests: tuple[str, ...]
     skipped: tuple[str, ...]
+    n_documents: int
+    groups: tuple[int, ...] = ()
+    field: str = "text"
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of a document, at most `PIECE` characters; `first` opens the document, `last` closes
-    it."""
+    """A part of a document, at most `PIECE` characters.
 
-    document: int
+    Attributes:
+        group: what is held out together with this document.
+        first: it opens the document.
+        last: it closes the document.
+        ignored: it does not count in the loss, only what follows it does.
+    """
+
+    group: int
     text: str
     first: bool
     last: bool
+    ignored: bool = False
 
 
 def survey(
-    files: Iterable[SourceFile], advance: Callable[[int], None] = lambda bytes_read: None
+    files: Sequence[SourceFile],
+    advance: Callable[[int], None] = lambda bytes_read: None,
+    field: str = "text",
 ) -> Survey:
     """Reads every file once: is it text, how long is it, what is its digest.
 
     Args:
         files: from `find_files`.
         advance: told the bytes of each portion read.
+        field: the field of JSON lines that is the text.
 
     Raises:
-        ValueError: a file named explicitly is empty or not UTF-8 text (names the byte), a file
-            cannot be read, or a source has no text at all.
+        ValueError: a file named explicitly is empty or not UTF-8 text (names the byte), a line of
+            any .jsonl file is bad (names it), a file cannot be read, or a source has no text.
     """
     kept: list[tuple[SourceFile, int, str]] = []
     skipped = []
     without: dict[str, None] = {}
+    groups = [0] * GROUPS if _has_lines(files) else []
+    n_documents = 0
     for file in files:
         without[file.source] = None
         digest = hashlib.blake2b(digest_size=32)
-        size, fault = _check(file, digest.update, advance)
+        if is_jsonl(file.path):
+            fault = ""
+            size, count = _check_lines(file, field, digest.update, advance, groups)
+        else:
+            size, fault = _check(file, digest.update, advance)
+            count = 1
+            if groups and not fault:
+                groups[_group(file)] += size
         if file.explicit and fault:
             raise ValueError(
                 f"data.source file must be UTF-8 text, got {fault} in {file.path}; convert it to "
@@ -77,6 +115,7 @@ def survey(
             skipped.append(file.name)
         elif size:
             kept.append((file, size, digest.hexdigest()))
+            n_documents += count
     for file, _, _ in kept:
         without.pop(file.source, None)
     if without:
@@ -84,79 +123,126 @@ def survey(
             f"data.source must name UTF-8 text, got {next(iter(without))!r}, whose files are all "
             "empty or not text"
         )
+    chosen = tuple(file for file, _, _ in kept)
     return Survey(
-        files=tuple(file for file, _, _ in kept),
+        files=chosen,
         sizes=tuple(size for _, size, _ in kept),
         digests=tuple(digest for _, _, digest in kept),
         skipped=tuple(skipped),
+        n_documents=n_documents,
+        groups=tuple(groups) if _has_lines(chosen) else (),
+        field=field,
     )
 
 
-def documents(files: Iterable[SourceFile]) -> Iterator[Piece]:
-    """The text of the files in pieces, in order, in constant memory.
+def documents(files: Sequence[SourceFile], field: str = "text") -> Iterator[Piece]:
+    """The text of the files in pieces, in order, in constant memory (but for the longest line of
+    a .jsonl file).
 
-    A document longer than `PIECE` is cut where a newline follows something that is no white
-    space, else before such a space. GPT-2's splitting rule has a boundary there, so the pieces
-    give the same tokens as the whole; only text that has neither is cut anywhere.
+    A text longer than `PIECE` is cut where a newline follows something that is no white space,
+    else before such a space. GPT-2's splitting rule has a boundary there, so the pieces give the
+    same tokens as the whole; only text that has neither is cut anywhere.
 
     Raises:
-        ValueError: a file cannot be read, or is no longer UTF-8.
+        ValueError: a file cannot be read, or is no longer text.
     """
-    for document, file in enumerate(files):
-        pending, first = "", True
+    by_hash = _has_lines(files)
+    for number, file in enumerate(files):
         try:
-            with open(file.path, encoding="utf-8", newline="") as stream:
-                while more := stream.read(PIECE + 1 - len(pending)):
-                    pending += more
-                    if len(pending) > PIECE:
-                        at = _cut(pending)
-                        yield Piece(document, pending[:at], first, last=False)
-                        pending, first = pending[at:], False
+            if is_jsonl(file.path):
+                for document in jsonl.documents(file.path, field):
+                    yield from _line_pieces(document, _group(file, document.line))
+            else:
+                group = _group(file) if by_hash else number
+                with open(file.path, encoding="utf-8", newline="") as stream:
+                    first = True
+                    for text, last in _cut_up(stream):
+                        yield Piece(group, text, first, last)
+                        first = False
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"data.source file {file.path} cannot be read: {error}") from error
-        yield Piece(document, pending, first, last=True)
+
+
+def _line_pieces(document: jsonl.Document, group: int) -> Iterator[Piece]:
+    first = True
+    for number, (text, ignored) in enumerate(document.texts, 1):
+        closing = number == len(document.texts)
+        for part, last in _cut_up(io.StringIO(text, newline="")):
+            if part or closing:
+                yield Piece(group, part, first, last and closing, ignored)
+                first = False
+
+
+def _cut_up(stream: TextIO) -> Iterator[tuple[str, bool]]:
+    """The pieces of a text, each with whether it is the last."""
+    pending = ""
+    while more := stream.read(PIECE + 1 - len(pending)):
+        pending += more
+        if len(pending) > PIECE:
+            at = _cut(pending)
+            yield pending[:at], False
+            pending = pending[at:]
+    yield pending, True
 
 
 def held_out(found: Survey) -> frozenset[int]:
-    """The documents kept for validation: about 5 % of the bytes, at least one document.
+    """The groups of documents kept for validation: about 5 % of the bytes, at least one document.
 
-    Documents are ranked by the digest of their name and taken until 5 % is reached; one that
-    would take the total over 10 % is passed over, so that a giant is never held out. Empty with
-    fewer than 20 documents: then whole documents are too coarse to hold out.
+    A file is a group, ranked by the digest of its name. With JSON lines, a line or file falls into
+    one of 65,536 groups by the digest of its name and line, so that memory does not grow with
+    their number. Groups are taken in order until 5 % is reached; one that would take the total over
+    10 % is passed over, so that a giant is never held out. Empty with fewer than 20 documents: then
+    whole documents are too coarse to hold out.
     """
-    count, total = len(found.files), sum(found.sizes)
-    if count < 20:
+    if found.n_documents < 20:
         return frozenset()
-    ranks = [
-        hashlib.blake2b(file.name.encode("utf-8", "surrogateescape")).digest()
-        for file in found.files
-    ]
+    sizes = found.groups or found.sizes
+    total = sum(sizes)
+    order = [group for group, size in enumerate(sizes) if size]
+    if not found.groups:
+        ranks = [_digest(file.name, 64) for file in found.files]
+        order.sort(key=lambda group: (ranks[group], group))
     held: set[int] = set()
     held_bytes = 0
-    for document in sorted(range(count), key=lambda index: (ranks[index], index)):
-        if (held_bytes + found.sizes[document]) * 10 <= total:
-            held.add(document)
-            held_bytes += found.sizes[document]
+    for group in order:
+        if (held_bytes + sizes[group]) * 10 <= total:
+            held.add(group)
+            held_bytes += sizes[group]
         if held_bytes * 20 >= total:
             break
     return frozenset(held)
 
 
+def _has_lines(files: Sequence[SourceFile]) -> bool:
+    return any(is_jsonl(file.path) for file in files)
+
+
+def _group(file: SourceFile, line: int = 0) -> int:
+    return int.from_bytes(_digest(f"{file.name}\n{line}", 2), "little")
+
+
+def _digest(name: str, size: int) -> bytes:
+    return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=size).digest()
+
+
 def sample(found: Survey, held: frozenset[int]) -> Iterator[str]:
     """Training text for a tokenizer to learn from, in order.
 
-    Nothing of the documents in `held`; if none is held out, nothing of the last 5 % of the bytes.
+    Nothing of the groups in `held`; if none is held out, nothing of the last 5 % of the bytes.
     Text past 8 million characters is thinned to about that many, in blocks spread evenly over all
     documents. Memory does not grow with the corpus.
     """
-    chosen = [document for document in range(len(found.files)) if document not in held]
-    left = sum(found.sizes[document] for document in chosen)
-    if not held:
+    left = sum(found.sizes)
+    if held:
+        left -= sum((found.groups or found.sizes)[group] for group in held)
+    else:
         left -= left // 20
     whole = max(left, SAMPLE)
     step = PIECE if left <= SAMPLE else _BLOCK
     credit = 0
-    for piece in documents(found.files[document] for document in chosen):
+    for piece in documents(found.files, found.field):
+        if piece.group in held:
+            continue
         text = piece.text
         if not held:
             portion = text.encode("utf-8")[:left]
@@ -171,12 +257,34 @@ def sample(found: Survey, held: frozenset[int]) -> Iterator[str]:
             return
 
 
+def _check_lines(
+    file: SourceFile,
+    field: str,
+    update: Callable[[bytes], None],
+    advance: Callable[[int], None],
+    groups: list[int],
+) -> tuple[int, int]:
+    """Bytes of text of a .jsonl file, and its documents; adds the bytes of each to its group."""
+
+    def hear(line: bytes) -> None:
+        update(line)
+        advance(len(line))
+
+    size = count = 0
+    try:
+        for document in jsonl.documents(file.path, field, hear):
+            groups[_group(file, document.line)] += document.n_bytes
+            size += document.n_bytes
+            count += 1
+    except OSError as error:
+        raise ValueError(unreadable(error, file.path)) from error
+    return size, count
+
+
 def _check(
     file: SourceFile, update: Callable[[bytes], None], advance: Callable[[int], None]
 ) -> tuple[int, str]:
     """Size in bytes, and what is not text about the file ("" if it is text)."""
-    if file.path.suffix == ".jsonl":
-        return 0, "JSON lines, whose fields are not read yet"
     decoder = codecs.getincrementaldecoder("utf-8")()
     size = 0
     try:

@@ -52,7 +52,7 @@ def encode(
         journal.keep_tokenizer(tokenizer)
     done = len(journal.parts)
     count = counter(tell, total, "encoding, from where it was" if done else "encoding")
-    batches = _batches(corpus.documents(found.files))
+    batches = _batches(corpus.documents(found.files, found.field))
     for batch in itertools.islice(batches, done * PART_BATCHES):
         count(_n_bytes(batch))
     for number, part in enumerate(_parts(batches, tokenizer, held, count), done):
@@ -117,7 +117,8 @@ def _columns(
         "ids": np.fromiter(every, id_dtype(tokenizer.vocab_size), int(lengths.sum())),
         "lengths": lengths,
         "first": np.array([piece.first for piece in batch]),
-        "held": np.array([piece.document in held for piece in batch]),
+        "ignored": np.array([piece.ignored for piece in batch]),
+        "held": np.array([piece.group in held for piece in batch]),
         "bytes": np.array([_n_bytes(batch)]),
     }
 
@@ -127,7 +128,8 @@ def _read(part: Path) -> Tokens:
         ids, lengths = columns["ids"], columns["lengths"]
         first = np.zeros(len(ids), np.bool_)
         first[(np.cumsum(lengths) - lengths)[columns["first"]]] = True
-        return Tokens(ids, first, np.repeat(columns["held"], lengths))
+        held, ignored = (np.repeat(columns[name], lengths) for name in ("held", "ignored"))
+        return Tokens(ids, first, held, ignored)
 
 
 def _total(part: Path, name: str) -> int:

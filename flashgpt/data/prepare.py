@@ -29,6 +29,7 @@ from flashgpt.data.journal import Journal
 from flashgpt.data.progress import Progress, counter
 from flashgpt.data.shards import (
     FORMAT,
+    FORMAT_IGNORED,
     TokenData,
     file_digest,
     hash_json,
@@ -51,6 +52,7 @@ def prepare(
     A tokenizer that is trained sees training text only: the whole of it, or, past 8 million
     characters, that many in blocks spread evenly over all documents. With 20 documents or more
     whole documents are held out for validation, about 5 %; with fewer, the last 5 % of the tokens.
+    A line of a .jsonl file is a document; see `flashgpt.data.jsonl`.
 
     Args:
         data: which text, which tokenizer. One source that is a prepared folder is checked and
@@ -72,7 +74,7 @@ def prepare(
     given = None if data.tokenizer == "bpe" else Tokenizer.load(data.tokenizer)
     files = find_files(data.source)
     size = sum(file.path.stat().st_size for file in files)
-    found = corpus.survey(files, counter(tell, size, "reading"))
+    found = corpus.survey(files, counter(tell, size, "reading"), data.field)
     record = _new_record(data, found, given, shard_tokens)
     kind = data.tokenizer if data.tokenizer in ("bpe", "bytes", "gpt2") else _slug(data.tokenizer)
     place = f"{record['name']}-{kind}-{record['fingerprint'][:12]}"
@@ -101,7 +103,13 @@ def _accept(ready: Path, data: DataConfig, out: Path | None) -> Path:
     if out is not None:
         raise ValueError(f"out must be left out for a prepared folder, got {out}; {ready} is ready")
     opened = TokenData.open(ready)
-    had = read_record(ready)["tokenizer"]
+    record = read_record(ready)
+    had = record["tokenizer"]
+    if data.field not in (DataConfig.field, record.get("field")):
+        raise ValueError(
+            f"data.field must be that of the prepared folder {ready}, got {data.field!r}; leave it "
+            "out"
+        )
     if data.tokenizer == "bpe":
         fits = data.vocab_size in (DataConfig.vocab_size, had["vocab_size"], opened.vocab_size)
     elif data.tokenizer == "gpt2":
@@ -131,11 +139,19 @@ def _new_record(
     spec = given.digest if given else f"bpe {data.vocab_size}"
     names = [file.name for file in found.files]
     parts = [FORMAT, spec, shard_tokens, names, found.sizes, found.digests]
+    if found.groups:  # there are JSON lines; without them the fingerprint is what it always was
+        parts.append(["field", data.field])
+    elif data.field != DataConfig.field:
+        raise ValueError(
+            f"data.field is for .jsonl files, got {data.field!r} and no such file in data.source; "
+            "leave it out"
+        )
     return {
         "format": FORMAT,
         "name": _slug(data.source[0]),
         "fingerprint": hash_json(parts),
         "sources": list(data.source),
+        **({"field": data.field} if found.groups else {}),
         "skipped": len(found.skipped),
         "tokenizer": {"name": data.tokenizer, "vocab_size": data.vocab_size},
     }
@@ -194,6 +210,8 @@ def _finish(
     stream.tokenizer.save(tokens)
     record["splits"] = write_splits(stream, tokens, shard_tokens)
     record["files"] = {path.name: file_digest(path) for path in sorted(tokens.iterdir())}
+    if any(name.endswith(".ignored.bin") for name in record["files"]):
+        record["format"] = FORMAT_IGNORED
     record["digest"] = record_digest(record)
     with (tokens / "dataset.json").open("w", encoding="utf-8", newline="\n") as file:
         json.dump(record, file, indent=2)

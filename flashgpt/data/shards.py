@@ -6,8 +6,10 @@ tokens a step sees is up to `flashgpt.data.batches`.
 A prepared folder holds tokenizer.json and tokenizer_config.json, train-00000.bin and so on,
 val-00000.bin and so on, a .docs.npy beside each, and dataset.json. A .bin is a header of 256
 little-endian int32 (magic, format number, bytes per id, token count as two words, highest id) and
-the ids as uint16 or uint32. Its .docs.npy (int64) says where in it documents start. Every document
-ends with `<|endoftext|>`. Memory does not grow with the corpus.
+the ids as uint16 or uint32. Its .docs.npy (int64) says where in it documents start. Where some of
+its ids do not count as targets there is an .ignored.bin too, one byte an id, 1 for those; only a
+folder with such a file has format 2. Every document ends with `<|endoftext|>`. Memory does not grow
+with the corpus.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import numpy.typing as npt
 
 from flashgpt.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 1  # of shards, and of folders in which every target counts
+FORMAT_IGNORED = 2
 MAGIC = int.from_bytes(b"FGPT", "little")
 HEADER_BYTES = 256 * 4
 _SLICE = 1 << 22  # ids read at once
@@ -40,11 +43,14 @@ class TokenSplit:
         starts: per shard, where documents start in it (token offsets, int64). A document that
             began in an earlier shard has no start in the later one.
         n_bytes: UTF-8 bytes of text that the tokens stand for; `<|endoftext|>` stands for none.
+        ignored: by number of the shard, which of its ids do not count as targets, mapped from
+            disk. In a shard that is not in it, all count.
     """
 
     tokens: list[Ids]
     starts: list[npt.NDArray[np.int64]]
     n_bytes: int
+    ignored: dict[int, npt.NDArray[np.bool_]] = dataclasses.field(default_factory=dict)
 
     @property
     def n_tokens(self) -> int:
@@ -88,7 +94,15 @@ class TokenData:
             starts = [
                 np.load(docs_path(folder / file), allow_pickle=False) for file in entry["shards"]
             ]
-            splits[split] = TokenSplit(shards, starts, entry["bytes"])
+            masks = {
+                number: ignored_path(folder / file) for number, file in enumerate(entry["shards"])
+            }
+            ignored = {
+                number: _open_ignored(path, len(shards[number]))
+                for number, path in masks.items()
+                if path.name in record["files"]
+            }
+            splits[split] = TokenSplit(shards, starts, entry["bytes"], ignored)
         train, val = splits["train"], splits["val"]
         return cls(folder, record["name"], train, val, tokenizer, record["fingerprint"])
 
@@ -127,6 +141,12 @@ def _open_shard(path: Path, vocab_size: int) -> Ids:
     return ids
 
 
+def _open_ignored(path: Path, count: int) -> npt.NDArray[np.bool_]:
+    if path.stat().st_size != count:
+        raise ValueError(damaged_message(path))
+    return np.memmap(path, np.bool_, "r")
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """dataset.json, its format and its own digest checked."""
     path = folder / "dataset.json"
@@ -145,10 +165,10 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _check_format(number: int, path: Path) -> None:
-    if number > FORMAT:
+    if number > FORMAT_IGNORED:
         raise ValueError(
-            f"{path} has format {number}, this flashgpt reads formats up to {FORMAT}; use a "
-            f"flashgpt that reads format {number}, or run flashgpt prepare again"
+            f"{path} has format {number}, this flashgpt reads formats up to {FORMAT_IGNORED}; use "
+            f"a flashgpt that reads format {number}, or run flashgpt prepare again"
         )
 
 
@@ -173,6 +193,10 @@ def damaged_message(path: Path) -> str:
 
 def docs_path(shard: Path) -> Path:
     return shard.with_suffix(".docs.npy")
+
+
+def ignored_path(shard: Path) -> Path:
+    return shard.with_suffix(".ignored.bin")
 
 
 def id_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from flashgpt.data.shards import FORMAT, HEADER_BYTES, MAGIC, Ids, docs_path, id_dtype
+from flashgpt.data.shards import FORMAT, HEADER_BYTES, MAGIC, Ids, docs_path, id_dtype, ignored_path
 from flashgpt.tokenizer import Tokenizer
 
 Bools = npt.NDArray[np.bool_]
@@ -24,23 +24,25 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Consecutive tokens, and of each whether it starts a document and whether it is held out for
-    validation."""
+    """Consecutive tokens, and of each whether it starts a document, whether it is held out for
+    validation, and whether it does not count as a target."""
 
     ids: Ids
     first: Bools
     held: Bools
+    ignored: Bools
 
     def where(self, chosen: Bools) -> Tokens:
         """The chosen ones of them."""
         if chosen.all():
             return self
-        return Tokens(self.ids[chosen], self.first[chosen], self.held[chosen])
+        return Tokens(self.ids[chosen], self.first[chosen], self.held[chosen], self.ignored[chosen])
 
     def held_from(self, at: int) -> Tokens:
         """The same tokens, those from number `at` on held out; a document cut there starts anew."""
         place = np.arange(len(self.ids))
-        return Tokens(self.ids, self.first | (place == at), place >= at)
+        first = self.first | (place == at)
+        return dataclasses.replace(self, first=first, held=place >= at)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,7 @@ class _Writer:
         self._byte_lengths = tokenizer.byte_lengths
         self._dtype = id_dtype(tokenizer.vocab_size)
         self._file: BinaryIO | None = None
+        self._mask: BinaryIO | None = None
         self._count = self._highest = 0
         self._starts = array.array("q")
         self._entry: dict[str, Any] = {"shards": [], "tokens": 0, "bytes": 0, "documents": 0}
@@ -108,6 +111,8 @@ class _Writer:
             ids = tokens.ids[part].astype(self._dtype, copy=False)
             file.write(ids.tobytes())
             self._starts.frombytes((np.flatnonzero(tokens.first[part]) + self._count).tobytes())
+            if tokens.ignored[part].any():
+                self._ignore(tokens.ignored[part])
             self._highest = max(self._highest, int(ids.max()))
             self._entry["bytes"] += int(self._byte_lengths[ids].sum())
             self._count += len(ids)
@@ -130,6 +135,13 @@ class _Writer:
         self._file.write(bytes(HEADER_BYTES))
         return self._file
 
+    def _ignore(self, ignored: Bools) -> None:
+        """Notes of the next ids which do not count; where nothing is written a file has zeros."""
+        if not self._mask:
+            self._mask = ignored_path(self._folder / self._entry["shards"][-1]).open("wb")
+        self._mask.seek(self._count)
+        self._mask.write(ignored.tobytes())
+
     def _finish(self, file: BinaryIO) -> None:
         header = np.zeros(HEADER_BYTES // 4, "<i4")
         header[:3] = MAGIC, FORMAT, self._dtype.itemsize
@@ -137,11 +149,18 @@ class _Writer:
         header[5] = self._highest
         file.seek(0)
         file.write(header.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
-        self._file = None
+        _close(file)
+        if self._mask:
+            self._mask.truncate(self._count)
+            _close(self._mask)
+        self._file = self._mask = None
         path = self._folder / self._entry["shards"][-1]
         np.save(docs_path(path), np.array(self._starts, "<i8"), allow_pickle=False)
         self._entry["tokens"] += self._count
         self._entry["documents"] += len(self._starts)
+
+
+def _close(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

@@ -12,6 +12,7 @@ import torch
 from flashgpt.data.batches import eval_windows
 from flashgpt.data.shards import TokenSplit
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.model.loss import IGNORE
 from flashgpt.train.runtime import casting
 
 EVAL_ROWS = 8
@@ -22,7 +23,7 @@ class Evaluation:
     """What was measured.
 
     Attributes:
-        loss: nats per predicted token.
+        loss: nats per predicted token; tokens that do not count as targets are not predicted.
         bits_per_byte: bits for all predicted tokens, over the UTF-8 bytes they stand for; an
             end-of-text token costs bits and stands for no byte.
         tokens: predicted tokens.
@@ -69,9 +70,10 @@ def evaluate(
                 split, model.cfg.context_length, EVAL_ROWS, max_tokens=max_tokens
             ):
                 on_device = [torch.from_numpy(x).to(device) for x in (ids, targets)]
-                nats += model(*on_device).item() * targets.size
-                tokens += targets.size
-                n_bytes += int(byte_lengths[targets].sum())
+                counted = targets[targets != IGNORE]
+                nats += model(*on_device).item() * counted.size
+                tokens += counted.size
+                n_bytes += int(byte_lengths[counted].sum())
                 progress(tokens)
     finally:
         model.train(was_training)

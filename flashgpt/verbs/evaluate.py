@@ -31,6 +31,7 @@ class Args:
     source: Annotated[
         tuple[str, ...], Doc("text to evaluate on; the run's own validation text when left out")
     ] = ()
+    field: Annotated[str, Doc("field of .jsonl lines of --source that is the text")] = "text"
     best: Annotated[bool, Flag, Doc("of a run, its best checkpoint instead of the last")] = False
     json: Annotated[bool, Flag, Doc("print one JSON object")] = False
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         if args.source:
             tokenizer.save(Path(scratch))
-            config = DataConfig(args.source, tokenizer=scratch, cache=scratch)
+            config = DataConfig(args.source, scratch, cache=scratch, field=args.field)
         else:
             path = Path(args.model) / "config.toml"
             if not path.exists():

@@ -1,11 +1,13 @@
 """Turns text into token files, and trains a tokenizer on it where none is named.
 
 `flashgpt train` does this by itself; do it apart to choose the folder, or to look at the result.
+Ended before it is done (Ctrl-C, kill), the same command goes on where it was.
 
 examples:
   flashgpt prepare my.txt --out data/mine
   flashgpt prepare books/ "notes/**/*.md" --vocab-size 16384 --out data/texts
   flashgpt prepare my.txt --tokenizer bytes --out data/bytes
+  flashgpt prepare posts.jsonl --field body --out data/posts
   flashgpt train --data.source data/mine
 """
 
@@ -29,20 +31,24 @@ class Args:
     source: Annotated[
         tuple[str, ...],
         Positional,
-        Doc("text files, folders, globs, or stdlib (Python's own source)"),
+        Doc("text or .jsonl files, folders, globs, or stdlib (Python's own source)"),
     ]
     out: Annotated[str | None, Doc("folder to make; named by content in ./data when left out")] = (
         None
     )
     tokenizer: Annotated[str, Doc("bpe (trained on the source), bytes, gpt2, or a path")] = "bpe"
     vocab_size: Annotated[int, Doc("size of a tokenizer that is trained (token ids)")] = 8192
+    field: Annotated[
+        str,
+        Doc("field of .jsonl lines that is the text; lines without it: prompt and completion"),
+    ] = "text"
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs `flashgpt prepare`."""
     args = parse(Args, "prepare", argv, __doc__)
     with usage():
-        config = DataConfig(args.source, args.tokenizer, args.vocab_size)
+        config = DataConfig(args.source, args.tokenizer, args.vocab_size, field=args.field)
     from flashgpt.data.prepare import prepare
     from flashgpt.data.shards import TokenData
     from flashgpt.verbs.console import console, counting

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashgpt.data.batches import Batches, eval_windows
+from flashgpt.data.batches import IGNORE, Batches, eval_windows
 from flashgpt.data.shards import TokenSplit
+from flashgpt.model import loss
 
 
 def split_of(*lengths: int) -> TokenSplit:
@@ -186,3 +187,88 @@ def test_a_short_split_is_evaluated_as_one_partial_window() -> None:
         eval_windows(split_of(1), 64, 8)
     with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
         eval_windows(split_of(50), 8, 8, max_tokens=0)
+
+
+def masked(lengths: list[int], marks: list[bool]) -> TokenSplit:
+    """`split_of`, with marks on ids that do not count; a shard without a mark has no mask."""
+    split = split_of(*lengths)
+    ignored = {}
+    for number, shard in enumerate(split.tokens):
+        mask = np.array(marks)[shard % len(marks)]
+        if mask.any():
+            ignored[number] = mask
+    return TokenSplit(split.tokens, split.starts, split.n_bytes, ignored)
+
+
+def counting(split: TokenSplit) -> set[int]:
+    """The ids that count as targets."""
+    found: set[int] = set()
+    for number, shard in enumerate(split.tokens):
+        mask = split.ignored.get(number, np.zeros(len(shard), np.bool_))
+        found |= set(shard[1:][~mask[1:]].tolist())
+    return found
+
+
+marks = st.lists(st.sampled_from([True, True, False]), min_size=1, max_size=200)
+
+
+@given(shape=shapes, marks=marks)
+@settings(max_examples=200, deadline=None)
+def test_targets_that_do_not_count_are_ignored_and_empty_windows_left_out(
+    shape: tuple[list[int], int, int, int], marks: list[bool]
+) -> None:
+    lengths, length, rows, seed = shape
+    split = masked(lengths, marks)
+    counts = counting(split)
+    expected = [
+        first
+        for first in windows_of(lengths, length)
+        if counts & set(range(first + 1, first + length + 1))
+    ]
+    if not expected:
+        with pytest.raises(ValueError, match="with a target that counts, got none"):
+            Batches(split, length, rows, seed)
+        return
+    batches = Batches(split, length, rows, seed)
+    assert batches.n_windows == len(expected)
+    firsts = []
+    for step in range(-(-2 * len(expected) // rows)):
+        ids, targets = batches.batch(step)
+        np.testing.assert_array_equal(ids, ids[:, :1] + np.arange(length))
+        np.testing.assert_array_equal(
+            targets, np.where(np.isin(ids + 1, list(counts)), ids + 1, IGNORE)
+        )
+        firsts += ids[:, 0].tolist()
+    for epoch in range(2):
+        assert sorted(firsts[epoch * len(expected) : (epoch + 1) * len(expected)]) == expected
+
+
+@given(shape=shapes, marks=marks, limit=st.none() | st.integers(1, 300))
+@settings(max_examples=200, deadline=None)
+def test_evaluation_predicts_what_counts_and_passes_over_empty_windows(
+    shape: tuple[list[int], int, int, int], marks: list[bool], limit: int | None
+) -> None:
+    lengths, length, rows, _ = shape
+    split = masked(lengths, marks)
+    counts = counting(split)
+    if not counts:
+        with pytest.raises(ValueError, match="validation must have a target that counts, got none"):
+            eval_windows(split, length, rows, max_tokens=limit)
+        return
+    predicted: list[int] = []
+    for ids, targets in eval_windows(split, length, rows, max_tokens=limit):
+        assert ids.shape == targets.shape and len(ids) <= rows
+        assert (targets != IGNORE).any(axis=1).all()
+        np.testing.assert_array_equal(
+            targets, np.where(np.isin(ids + 1, list(counts)), ids + 1, IGNORE)
+        )
+        predicted += targets[targets != IGNORE].tolist()
+    assert predicted == sorted(set(predicted)) and predicted
+    if limit is None:
+        assert set(predicted) == counts
+    else:
+        assert len(predicted) <= max(limit, length)
+
+
+def test_an_ignored_target_has_the_number_that_the_loss_passes_over() -> None:
+    assert IGNORE == loss.IGNORE

@@ -109,7 +109,7 @@ def test_text_is_not_changed_and_documents_are_closed(tmp_path: Path) -> None:
     for number, text in enumerate(texts):
         write(tmp_path / f"{number}.txt", text)
     pieces = list(documents(find_files([str(tmp_path)])))
-    assert [(piece.document, piece.text, piece.first, piece.last) for piece in pieces] == [
+    assert [(piece.group, piece.text, piece.first, piece.last) for piece in pieces] == [
         (number, text, True, True) for number, text in enumerate(texts)
     ]
 
@@ -186,7 +186,7 @@ def test_something_is_held_out_and_never_too_much(sizes: list[int], salt: int) -
         SourceFile(Path(f"{number}"), f"{salt}/{number}", False, "corpus")
         for number in range(len(sizes))
     )
-    held = held_out(corpus.Survey(files, tuple(sizes), ("",) * len(sizes), ()))
+    held = held_out(corpus.Survey(files, tuple(sizes), ("",) * len(sizes), (), len(sizes)))
     assert 1 <= len(held) < len(sizes)
     assert sum(sizes[index] for index in held) * 10 <= sum(sizes)
 
@@ -215,10 +215,3 @@ def test_a_large_corpus_is_thinned_evenly(tmp_path: Path, monkeypatch: pytest.Mo
     taken = [sum(block[0] == letter for block in blocks) for letter in letters]
     assert [number for number, count in enumerate(taken) if not count] == sorted(held)
     assert max(taken) <= 2
-
-
-def test_json_lines_are_not_taken_for_text(tmp_path: Path) -> None:
-    path = tmp_path / "my.jsonl"
-    path.write_text('{"text": "hello"}\n')
-    with pytest.raises(ValueError, match="JSON lines, whose fields are not read yet"):
-        survey(find_files([str(path)]), lambda _: None)

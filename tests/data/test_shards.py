@@ -257,7 +257,7 @@ def test_a_newer_format_names_the_version_needed(prepared: Path) -> None:
     TokenData.open(prepared)
     patch_header(prepared / "train-00000.bin", 1, 7)
     forge(prepared)
-    with pytest.raises(ValueError, match=r"train-00000\.bin has format 7.*reads formats up to 1"):
+    with pytest.raises(ValueError, match=r"train-00000\.bin has format 7.*reads formats up to 2"):
         TokenData.open(prepared)
     forge(prepared, format=9)
     with pytest.raises(ValueError, match=r"dataset\.json has format 9.*that reads format 9"):

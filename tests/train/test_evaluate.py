@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -29,9 +30,11 @@ def _split() -> TokenSplit:
 def _by_hand(model: GPTModel, split: TokenSplit) -> tuple[float, int, int]:
     """Nats, tokens and bytes: each token from those before it in its window, one at a time."""
     nats, tokens, n_bytes = 0.0, 0, 0
-    for shard in split.tokens:
+    for number, shard in enumerate(split.tokens):
         ids = shard.astype(np.int64).tolist()
         for at in range(1, len(ids)):
+            if number in split.ignored and split.ignored[number][at]:
+                continue
             start = (at - 1) // 5 * 5
             logits = model(torch.tensor([ids[start:at]]))[0, -1].double().detach()
             nats += float(logits.exp().sum().log() - logits[ids[at]])
@@ -53,6 +56,25 @@ def test_sums_are_those_by_hand() -> None:
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
     assert found.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-6)
     assert abs(found.loss - math.log(7)) > 0.1
+
+
+def test_only_targets_that_count_are_counted() -> None:
+    torch.manual_seed(0)
+    model, split = GPTModel(CFG).eval(), _split()
+    rng = np.random.default_rng(1)
+    masks = {0: rng.random(23) < 0.5, 2: np.ones(11, np.bool_)}
+    masks[0][6:16] = True  # two windows of which nothing counts, in the middle and at the end
+    masks[2][3] = False
+    split = dataclasses.replace(split, ignored=masks)
+    nats, tokens, n_bytes = _by_hand(model, split)
+    found = evaluate(model, split, LENGTHS)
+    assert (found.tokens, found.bytes) == (tokens, n_bytes)
+    assert 1 < tokens < 13
+    assert found.loss == pytest.approx(nats / tokens, rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
+    nothing = {number: np.ones(len(ids), np.bool_) for number, ids in enumerate(split.tokens)}
+    with pytest.raises(ValueError, match="must have a target that counts"):
+        evaluate(model, dataclasses.replace(split, ignored=nothing), LENGTHS)
 
 
 def test_it_uses_eval_mode_and_gives_the_mode_back() -> None:

@@ -49,6 +49,18 @@ def test_without_out_it_lies_in_data_and_is_found_again(
     assert made.stat().st_mtime_ns == before and "encoding" not in second
 
 
+def test_json_lines_with_a_field_of_their_own(tmp_path: Path, cli: Cli) -> None:
+    path, out = tmp_path / "posts.jsonl", tmp_path / "tokens"
+    path.write_text('{"body": "some words", "id": 1}\n' * 30)
+    missing = cli("prepare", path, "--tokenizer", "bytes", "--out", out).error(1)
+    assert f"got the fields 'body', 'id' in line 1 of {path}; name the field" in missing
+    shown = cli("prepare", path, "--field", "body", "--tokenizer", "bytes", "--out", out).done()
+    data = TokenData.open(out)
+    assert data.train.n_documents + data.val.n_documents == 30
+    assert data.train.n_bytes + data.val.n_bytes == 30 * len("some words")
+    assert f"ready: {out}" in shown
+
+
 def test_several_sources(tmp_path: Path, cli: Cli) -> None:
     for name in ("a.txt", "b.txt", "c.md"):
         (tmp_path / name).write_text(f"{name} " * 50)
