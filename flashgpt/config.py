@@ -210,7 +210,7 @@ class DataConfig:
 
     source: Annotated[
         tuple[str, ...],
-        Doc("text or .jsonl files, folders, globs, a prepared folder, or stdlib (Python's source)"),
+        Doc("text, .jsonl or .bin token files, folders, globs, a prepared folder, or stdlib"),
     ] = ("stdlib",)
     tokenizer: Annotated[
         str,

@@ -17,14 +17,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from flashgpt.config import DataConfig
-from flashgpt.data import corpus
+from flashgpt.data import corpus, foreign
 from flashgpt.data.encode import LAYOUT, encode
-from flashgpt.data.files import find_files
+from flashgpt.data.files import SourceFile, find_files
 from flashgpt.data.journal import Journal
 from flashgpt.data.progress import Progress, counter
 from flashgpt.data.shards import (
@@ -39,6 +39,8 @@ from flashgpt.data.shards import (
 from flashgpt.data.writer import Stream, write_splits
 from flashgpt.tokenizer import Tokenizer
 
+Make = Callable[[Journal], Stream]
+
 
 def prepare(
     data: DataConfig,
@@ -52,7 +54,8 @@ def prepare(
     A tokenizer that is trained sees training text only: the whole of it, or, past 8 million
     characters, that many in blocks spread evenly over all documents. With 20 documents or more
     whole documents are held out for validation, about 5 %; with fewer, the last 5 % of the tokens.
-    A line of a .jsonl file is a document; see `flashgpt.data.jsonl`.
+    A line of a .jsonl file is a document; see `flashgpt.data.jsonl`. Token files that another
+    program made are taken over as `flashgpt.data.foreign` says.
 
     Args:
         data: which text, which tokenizer. One source that is a prepared folder is checked and
@@ -63,7 +66,7 @@ def prepare(
         shard_tokens: ids in one token file at most.
 
     Raises:
-        ValueError: bad sources or tokenizer, text too short to split, or `out` is something else
+        ValueError: bad sources or tokenizer, too few tokens to split, or `out` is something else
             than this corpus prepared; nothing is overwritten.
         OSError: the folder cannot be written, for example because no space is left.
     """
@@ -73,9 +76,8 @@ def prepare(
         return _accept(ready, data, out)
     given = None if data.tokenizer == "bpe" else Tokenizer.load(data.tokenizer)
     files = find_files(data.source)
-    size = sum(file.path.stat().st_size for file in files)
-    found = corpus.survey(files, counter(tell, size, "reading"), data.field)
-    record = _new_record(data, found, given, shard_tokens)
+    read = _read_tokens if foreign.are_tokens(files) else _read_text
+    record, make = read(data, files, given, shard_tokens, tell)
     kind = data.tokenizer if data.tokenizer in ("bpe", "bytes", "gpt2") else _slug(data.tokenizer)
     place = f"{record['name']}-{kind}-{record['fingerprint'][:12]}"
     folder = out or Path(data.cache).expanduser() / place
@@ -87,8 +89,7 @@ def prepare(
                 shutil.rmtree(work, ignore_errors=True)  # left over where a kill came at the end
             else:
                 with Journal.opened(work, f"{record['fingerprint']}, {LAYOUT}") as journal:
-                    stream = encode(found, given, data.vocab_size, journal, tell)
-                    _finish(folder, journal, stream, record, shard_tokens)
+                    _finish(folder, journal, make(journal), record, shard_tokens)
     except OSError as error:
         raise OSError(
             error.errno,
@@ -125,10 +126,16 @@ def _accept(ready: Path, data: DataConfig, out: Path | None) -> Path:
     return ready
 
 
-def _new_record(
-    data: DataConfig, found: corpus.Survey, given: Tokenizer | None, shard_tokens: int
-) -> dict[str, Any]:
-    """The start of dataset.json: what was asked for, and the fingerprint of what it depends on."""
+def _read_text(
+    data: DataConfig,
+    files: Sequence[SourceFile],
+    given: Tokenizer | None,
+    shard_tokens: int,
+    tell: Progress,
+) -> tuple[dict[str, Any], Make]:
+    """Reads text once: the start of dataset.json, and how the tokens are made."""
+    size = sum(file.path.stat().st_size for file in files)
+    found = corpus.survey(files, counter(tell, size, "reading"), data.field)
     if found.skipped:
         logging.getLogger(__name__).warning(
             "files left out because they are not UTF-8 text: %d (%s%s)",
@@ -141,18 +148,50 @@ def _new_record(
     parts = [FORMAT, spec, shard_tokens, names, found.sizes, found.digests]
     if found.groups:  # there are JSON lines; without them the fingerprint is what it always was
         parts.append(["field", data.field])
-    elif data.field != DataConfig.field:
+    else:
+        _check_no_field(data)
+    field = {"field": data.field} if found.groups else {}
+    record = _new_record(data, parts, skipped=len(found.skipped), **field)
+    return record, lambda journal: encode(found, given, data.vocab_size, journal, tell)
+
+
+def _read_tokens(
+    data: DataConfig,
+    files: Sequence[SourceFile],
+    given: Tokenizer | None,
+    shard_tokens: int,
+    tell: Progress,
+) -> tuple[dict[str, Any], Make]:
+    """The same for token files that another program made."""
+    _check_no_field(data)
+    if given is None:
+        raise ValueError(
+            f"data.tokenizer must name the tokenizer that {files[0].path} was made with (gpt2, or "
+            "the path of one), got bpe, which is trained on text"
+        )
+    size = sum(file.path.stat().st_size for file in files)
+    found = foreign.survey(files, given, counter(tell, size, "reading"))
+    parts = [FORMAT, given.digest, shard_tokens, "token files", found.identity]
+    record = _new_record(data, parts, skipped=0)
+    return record, lambda journal: foreign.stream(found, given, tell)
+
+
+def _check_no_field(data: DataConfig) -> None:
+    if data.field != DataConfig.field:
         raise ValueError(
             f"data.field is for .jsonl files, got {data.field!r} and no such file in data.source; "
             "leave it out"
         )
+
+
+def _new_record(data: DataConfig, parts: list[Any], **more: Any) -> dict[str, Any]:
+    """The start of dataset.json: what was asked for, and the fingerprint of what it depends on."""
     return {
         "format": FORMAT,
         "name": _slug(data.source[0]),
         "fingerprint": hash_json(parts),
         "sources": list(data.source),
-        **({"field": data.field} if found.groups else {}),
-        "skipped": len(found.skipped),
+        **more,
         "tokenizer": {"name": data.tokenizer, "vocab_size": data.vocab_size},
     }
 

@@ -7,6 +7,7 @@ examples:
   flashgpt prepare my.txt --out data/mine
   flashgpt prepare books/ "notes/**/*.md" --vocab-size 16384 --out data/texts
   flashgpt prepare my.txt --tokenizer bytes --out data/bytes
+  flashgpt prepare train.bin --tokenizer gpt2 --out data/tokens
   flashgpt prepare posts.jsonl --field body --out data/posts
   flashgpt train --data.source data/mine
 """
@@ -31,7 +32,7 @@ class Args:
     source: Annotated[
         tuple[str, ...],
         Positional,
-        Doc("text or .jsonl files, folders, globs, or stdlib (Python's own source)"),
+        Doc("text, .jsonl or .bin token files, folders, globs, or stdlib (Python's own source)"),
     ]
     out: Annotated[str | None, Doc("folder to make; named by content in ./data when left out")] = (
         None
