@@ -1,4 +1,4 @@
-"""The loss curves' script: what it writes, and that it sees a broken path.
+"""The scripts of the published measurements: what they write, and that they see what is wrong.
 
 pytest tests/test_benchmarks.py
 """
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from benchmarks import curves
+from benchmarks import curves, prepare
 from flashgpt.attention import kernels
 from flashgpt.attention.dropout import Dropout
 from flashgpt.model.gpt2 import GPTModel
@@ -124,3 +124,33 @@ def test_losses_that_are_not_finite_fail() -> None:
     for run in curves.RUNS:
         losses = {name: [5.0, 4.0] for name in curves.RUNS} | {run: [5.0, math.nan]}
         assert not any(curves._judge(lr, losses)["holds"] for lr in (curves.CALM, curves.STEEP))
+
+
+def test_preparing_is_measured_against_the_tokenizer_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prepare.corpus, "SAMPLE", 100_000)
+    out = tmp_path / "made" / "here"
+    status = prepare.main(["--megabytes", "0.3", "0.1", "--rounds", "1", "2", "--out", str(out)])
+    record = json.loads((out / "prepare.json").read_text())
+    assert [size["bytes"] for size in record["sizes"]] == [100_000, 300_000]
+    for size, rounds in zip(record["sizes"], (2, 1), strict=True):
+        for way in prepare.WAYS:
+            assert len(size[way]) == rounds
+            assert all(value > 0 for found in size[way] for value in found.values())
+    assert {"tokenizers", "platform", "cores", "date"} <= record["environment"].keys()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record["claims"]
+    assert status == (not record["claims"]["hold"])
+    assert sorted(path.name for path in out.iterdir()) == ["prepare.json"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "peak_mb", "holds"), [(1.2, 210, True), (1.3, 200, False), (1.0, 230, False)]
+)
+def test_claims_about_preparing_can_fail(seconds: float, peak_mb: float, holds: bool) -> None:
+    raw = [{"seconds": 1.0, "cpu_seconds": 2.0, "peak_mb": 100.0}]
+    small = {"raw": raw, "prepare": [{"seconds": 1.0, "cpu_seconds": 2.0, "peak_mb": 200.0}]}
+    made = [{"seconds": seconds, "cpu_seconds": 2.2, "peak_mb": peak_mb}]
+    claims = prepare._judge([small, {"raw": raw, "prepare": made}])
+    assert claims["hold"] is holds
+    assert claims["time_ratios"] == [1.0, seconds] and claims["cpu_ratios"] == [1.0, 1.1]

@@ -52,10 +52,10 @@ def encode(
         journal.keep_tokenizer(tokenizer)
     done = len(journal.parts)
     count = counter(tell, total, "encoding, from where it was" if done else "encoding")
-    batches = _batches(corpus.documents(found.files, found.field))
-    for batch in itertools.islice(batches, done * PART_BATCHES):
+    ahead = batches(corpus.documents(found.files, found.field))
+    for batch in itertools.islice(ahead, done * PART_BATCHES):
         count(_n_bytes(batch))
-    for number, part in enumerate(_parts(batches, tokenizer, held, count), done):
+    for number, part in enumerate(_parts(ahead, tokenizer, held, count), done):
         journal.keep_part(number, part)
     parts = journal.parts
     if sum(_total(part, "bytes") for part in parts) != total:
@@ -67,7 +67,8 @@ def encode(
     return Stream(tokenizer, map(_read, parts), border)
 
 
-def _batches(pieces: Iterable[corpus.Piece]) -> Iterator[list[corpus.Piece]]:
+def batches(pieces: Iterable[corpus.Piece]) -> Iterator[list[corpus.Piece]]:
+    """Pieces that are encoded at once: enough to keep the threads busy, few enough for memory."""
     batch: list[corpus.Piece] = []
     size = 0
     for piece in pieces:
@@ -81,7 +82,7 @@ def _batches(pieces: Iterable[corpus.Piece]) -> Iterator[list[corpus.Piece]]:
 
 
 def _parts(
-    batches: Iterable[list[corpus.Piece]],
+    ahead: Iterable[list[corpus.Piece]],
     tokenizer: Tokenizer,
     held: frozenset[int],
     count: Callable[[int], None],
@@ -89,18 +90,18 @@ def _parts(
     waiting: collections.deque[list[corpus.Piece]] = collections.deque()
 
     def texts() -> Iterator[list[str]]:
-        for batch in batches:
+        for batch in ahead:
             waiting.append(batch)
             yield [piece.text for piece in batch]
 
     def columns() -> Iterator[Columns]:
         for encoded in tokenizer.encode_batches(texts()):
-            batch = waiting.popleft()
-            yield _columns(batch, encoded, tokenizer, held)
-            count(_n_bytes(batch))
+            made = _columns(waiting.popleft(), encoded, tokenizer, held)
+            yield made
+            count(int(made["bytes"].sum()))
 
-    made = columns()
-    while part := list(itertools.islice(made, PART_BATCHES)):
+    every = columns()
+    while part := list(itertools.islice(every, PART_BATCHES)):
         yield {name: np.concatenate([batch[name] for batch in part]) for name in part[0]}
 
 

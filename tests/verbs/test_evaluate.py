@@ -39,6 +39,17 @@ def test_another_text(
     assert [path.name for path in tmp_path.iterdir()] == ["other.txt"]  # nothing is left behind
 
 
+def test_completions_alone_are_counted(tmp_path: Path, trained: Any, cli: Cli) -> None:
+    pairs, texts = tmp_path / "pairs.jsonl", tmp_path / "texts.jsonl"
+    pairs.write_text(json.dumps({"prompt": "cat sat ", "completion": "mat"}) + "\n")
+    texts.write_text(json.dumps({"body": "cat sat mat"}) + "\n")
+    found = json.loads(cli("evaluate", trained.folder, "--source", pairs, "--json").done())
+    # The last 5 % are "t" and the end of text, and the first of them is no target.
+    assert (found["tokens"], found["bytes"]) == (3, 2)
+    whole = cli("evaluate", trained.folder, "--source", texts, "--field", "body", "--json").done()
+    assert json.loads(whole)["tokens"] == 10
+
+
 def test_a_text_of_a_few_bytes(tmp_path: Path, trained: Any, cli: Cli) -> None:
     """So short that of the part held out only `<|endoftext|>` is predicted."""
     (tmp_path / "s.txt").write_text("short text.")
