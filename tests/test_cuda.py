@@ -24,7 +24,9 @@ from flashgpt.config import TrainConfig
 from flashgpt.measure import audit
 from flashgpt.measure.memory import peak_bytes
 from flashgpt.train import optimizer, runtime
+from flashgpt.train.feed import Feed
 from flashgpt.train.muon import Muon
+from flashgpt.train.step import Forward, Stepper, dropout_seed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -208,3 +210,95 @@ def test_a_deterministic_run_resumes_bit_for_bit(compile_: str, use_flash: str) 
     for file in ("model.safetensors", "trainer/optimizer.safetensors"):
         halves, whole = (load_file(Path("runs", run, name, file)) for run in ("halves", "whole"))
         assert all(torch.equal(halves[key], whole[key]) for key in whole | halves)
+
+
+def run(name: str, *more: str) -> Path:
+    """Trains by the CLI into runs/NAME; every step can be repeated."""
+    exact = "--train.deterministic True --train.steps 40 --train.compile off --out"
+    assert main([*TRAIN.split(), *exact.split(), f"runs/{name}", *more]) == 0
+    return Path("runs", name)
+
+
+def checkpoint(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Weights, moments and the guard's memory."""
+    place = folder / "checkpoints" / f"step_{step:08d}"
+    files = ("model", "trainer/optimizer", "trainer/guard")
+    return {
+        f"{file}.{name}": tensor
+        for file in files
+        for name, tensor in load_file(place / f"{file}.safetensors").items()
+    }
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_checkpoint_written_beside_the_training_is_of_its_step() -> None:
+    """The steps behind it change the weights while they are copied and written."""
+    whole = run("whole", "--train.checkpoint-every", "10", "--train.keep-checkpoints", "0")
+    for stop in (10, 30):
+        stopped = run(f"stopped-{stop}", "--train.stop-at", str(stop))
+        assert same(checkpoint(stopped, stop), checkpoint(whole, stop))
+    assert not same(checkpoint(whole, 10), checkpoint(whole, 20))
+
+
+@pytest.mark.usefixtures("here")
+def test_a_step_that_is_refused_while_others_are_under_way_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bad = {dropout_seed(1337, step): step for step in (5, 6, 20)}
+
+    def compiled(model: GPTModel, *_: object) -> Forward:
+        def forward(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            loss: torch.Tensor = model(ids, targets)
+            return loss * torch.nan if int(model.dropout_seed) in bad else loss
+
+        return forward
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "compiled", compiled)
+        refused = run("refused")
+    update, calls = optimizer.Optimizer.step, iter(range(100))
+
+    def without(self: optimizer.Optimizer, refused: torch.Tensor | None = None) -> None:
+        if next(calls) not in bad.values():
+            update(self)
+
+    monkeypatch.setattr(optimizer.Optimizer, "step", without)
+    reference = run("reference")
+    weights = [checkpoint(folder, 40) for folder in (refused, reference)]
+    guards = [{n: v.pop(n) for n in list(v) if "guard" in n} for v in weights]
+    assert same(*weights) and not same(*guards)
+    names = sorted(path.name for path in (refused / "incidents").iterdir())
+    assert names == [f"step_{step + 1:08d}" for step in bad.values()]
+
+
+@pytest.mark.usefixtures("here")
+def test_no_step_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = Stepper._launch
+
+    def strict(self: Stepper, step: int, feed: Feed) -> object:
+        torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
+        try:
+            return launch(self, step, feed)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Stepper, "_launch", strict)
+    for precision in ("bf16", "fp16"):
+        run(precision, "--train.precision", precision, "--train.deterministic", "False")
+
+
+@pytest.mark.parametrize("use_flash", ["True", "False"])
+@pytest.mark.usefixtures("here")
+def test_fp16_scales_its_loss_and_goes_on_with_the_scale(use_flash: str) -> None:
+    options = ("--train.precision", "fp16", "--model.use-flash", use_flash, "--train.lr", "3e-3")
+    whole = run("whole", *options)
+    metrics = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
+    assert metrics[-1]["loss"] < 0.7 * metrics[0]["loss"]
+    halves = run("halves", *options, "--train.stop-at", "20")
+    assert main(["train", "--resume", "--out", "runs/halves"]) == 0
+    assert same(checkpoint(halves, 40), checkpoint(whole, 40))
+    assert float(checkpoint(whole, 40)["trainer/guard.scale"]) > 1

@@ -110,10 +110,11 @@ def philox(
     A product of two words would overflow there, which compiled C++ may turn into anything (g++
     drops the mask after the shift): so the factors are lowered by 2^32, and x * 2^32 is put back.
     """
-    words: list[Tensor] = [
-        torch.as_tensor(c, device=seed.device) & MASK32 for c in (c0, c1, c2, c3)
-    ]
-    x0, x1, x2, x3 = words
+    # Numbers are filled in on the device: a copy from the host would wait for it.
+    x0, x1, x2, x3 = (
+        (c if isinstance(c, Tensor) else torch.full_like(seed, c)) & MASK32
+        for c in (c0, c1, c2, c3)
+    )
     k0, k1 = seed & MASK32, (seed >> 32) & MASK32
     for _ in range(7):
         p0, p1 = x0 * (0xD2511F53 - 2**32), x2 * (0xCD9E8D57 - 2**32)
