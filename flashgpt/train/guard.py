@@ -50,6 +50,12 @@ class Guard:
     def __init__(self, device: torch.device, zscore: float, scaled: bool) -> None:
         self._zscore = zscore or math.inf
         self._scaled = scaled
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every step."""
+        device, scaled = self._device, self._scaled
         self._history_2W = torch.zeros(2, WINDOW, dtype=torch.float64, device=device)
         self._accepted = torch.zeros((), dtype=torch.int64, device=device)
         self._scale = torch.full((), FIRST_SCALE if scaled else 1.0, device=device)
@@ -128,7 +134,7 @@ class Guard:
         """
         if not tensors:
             return
-        device = self._held.device
+        device = self._device
         self._history_2W = tensors["history"].to(device, copy=True)
         self._accepted = tensors["accepted"].to(device, copy=True)
         if self._scaled and tensors["scale"] > 1:

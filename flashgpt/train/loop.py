@@ -25,6 +25,7 @@ from flashgpt.train.saver import HostCopies, Saver
 from flashgpt.train.step import Done, Stepper, dropout_seed
 
 MOST_ROLLBACKS = 3
+COPIES = 3  # of each parameter's size in a checkpoint: the weights and AdamW's two moments
 
 
 class TrainingError(RuntimeError):
@@ -94,6 +95,7 @@ class Run:
         first = step = self.stepper.next
         self.saved = start
         evaluation = None
+        self.saver.submit(lambda: self.copies.reserve(self.parts.model.parameters(), COPIES))
         if first >= self.last:
             self.listener.note(f"step {first} of {self.last} is done; a larger train.steps goes on")
         for done in self.stepper.completed(self.feed, self.last, self._pause, self._stop):

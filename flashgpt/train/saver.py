@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Self
 
 import torch
@@ -54,6 +54,19 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str], Tensor] = {}
+
+    @staticmethod
+    def reserve(tensors: Iterable[Tensor], times: int) -> None:
+        """Lets PyTorch pin memory for so many copies of each tensor on a GPU, and keep it.
+
+        Pinning a gigabyte takes about a second; in another thread nobody waits for it.
+        """
+        kept = [
+            torch.empty_like(tensor, device="cpu", pin_memory=True)
+            for tensor in tensors
+            for _ in range(times if tensor.is_cuda else 0)
+        ]
+        del kept
 
     def take(self, parts: Parts) -> tuple[Parts, Callable[[], None]]:
         """The copies, and a call that waits until they are complete.

@@ -18,7 +18,7 @@ from flashgpt.model.gpt2 import GPTModel
 from flashgpt.tokenizer import Tokenizer
 from flashgpt.train import checkpoint, runtime
 from flashgpt.train.feed import Feed
-from flashgpt.train.loop import Listener, Result, Run
+from flashgpt.train.loop import COPIES, Listener, Result, Run
 from flashgpt.train.parts import build
 from flashgpt.train.record import Record
 from flashgpt.train.resume import check_start, go_on
@@ -86,9 +86,10 @@ class Trainer:
     ) -> Result:
         model, config = self.parts.model, self.parts.config
         batches = self._batches(data)
-        # Weights and two moments each; checked now, not at the first checkpoint.
-        checkpoint.check_space(out, 3 * sum(parameter.nbytes for parameter in model.parameters()))
+        # Now, not at the first checkpoint.
+        checkpoint.check_space(out, COPIES * sum(p.nbytes for p in model.parameters()))
         checkpoint.remove_temporaries(out)
+        self.parts.guard.reset()  # a second run of the same trainer starts anew
         found = go_on(out, data, self.parts, listener.note) if again else None
         record = Record(out)
         record.start(run, found.step if found else 0)
