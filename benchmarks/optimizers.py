@@ -162,9 +162,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     bench = Bench(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    runs: list[Run] = []
+    runs = _earlier(options.out / "optimizers.json", bench)
 
     def train(variant: str, lr: float, seed: int) -> None:
+        if any((run.variant, run.lr, run.seed) == (variant, lr, seed) for run in runs):
+            return
         runs.append(bench.run(variant, lr, seed))
         _write(options.out / "optimizers.json", _record(bench, runs))
 
@@ -198,10 +200,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--context-length", type=int, default=512, help="tokens of a row")
     add("--tokens-per-step", type=int, default=32768, help="tokens of an optimizer step")
     add("--steps", type=int, default=600, help="optimizer steps of a run")
-    add("--every", type=int, default=25, help="steps between evaluations")
+    add("--every", type=int, default=50, help="steps between evaluations")
     add("--eval-tokens", type=int, default=131072, help="validation tokens of an evaluation")
-    add("--adamw-lr", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="AdamW's grid")
-    add("--muon-lr", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="Muon's grid")
+    add("--adamw-lr", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="AdamW's grid")
+    add("--muon-lr", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2], help="Muon's grid")
     add("--seeds", type=int, default=2, help="runs at the best rate of each variant")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="as train.compile")
     out = Path(__file__).with_suffix("")
@@ -254,6 +256,24 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _earlier(path: Path, bench: Bench) -> list[Run]:
+    """The runs that stand in a result of the same device, text, model and schedule.
+
+    They are not repeated: a grid can be widened, and a measurement that was cut off goes on.
+    """
+    if not path.exists():
+        return []
+    there, here = json.loads(path.read_text(encoding="utf-8")), _record(bench, [])
+    for record in (there, here):
+        record["environment"].pop("date")
+    if any(there[key] != here[key] for key in ("environment", "model", "training", "data")):
+        raise ValueError(f"{path} is of another device, text, model or schedule; choose --out")
+    return [
+        Run(**{**run, "curve": [(int(step), loss) for step, loss in run["curve"]]})
+        for run in there["runs"]
+    ]
 
 
 def _record(bench: Bench, runs: Sequence[Run]) -> dict[str, Any]:
@@ -334,7 +354,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     left.legend(fontsize=8)
     rates = sorted({run["lr"] for run in record["runs"]})
     right.set_xscale("log")
-    right.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    right.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=30)
     right.minorticks_off()
     right.set_xlabel("learning rate")
     right.set_ylabel("validation loss after the last step")

@@ -50,6 +50,27 @@ def test_a_tiny_comparison(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
 
 
+def test_a_wider_grid_repeats_no_run(
+    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = [*options, "--adamw-lr", "1e-3", "--muon-lr", "2e-3", "--seeds", "1"]
+    assert optimizers.main(small) == 0
+    done: list[tuple[str, float]] = []
+    run = Bench.run
+
+    def counted(self: Bench, variant: str, lr: float, seed: int) -> Run:
+        done.append((variant, lr))
+        return run(self, variant, lr, seed)
+
+    monkeypatch.setattr(Bench, "run", counted)
+    assert optimizers.main([*small, "--adamw-lr", "1e-3", "4e-3"]) == 0
+    assert done == [("adamw", 4e-3)]
+    record = json.loads((tmp_path / "out" / "optimizers.json").read_text())
+    assert len(record["runs"]) == 4
+    with pytest.raises(ValueError, match="is of another device, text, model or schedule"):
+        optimizers.main([*small, "--steps", "8"])
+
+
 def test_a_run_does_not_depend_on_those_before_it(options: list[str]) -> None:
     bench = Bench(optimizers._options(options))
     first = bench.run("muon-one", 2e-3, 1).curve

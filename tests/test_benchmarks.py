@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from benchmarks import curves, prepare
+from benchmarks import curves, overhead, prepare
 from flashgpt.attention import kernels
 from flashgpt.attention.dropout import Dropout
 from flashgpt.model.gpt2 import GPTModel
@@ -154,3 +154,20 @@ def test_claims_about_preparing_can_fail(seconds: float, peak_mb: float, holds: 
     claims = prepare._judge([small, {"raw": raw, "prepare": made}])
     assert claims["hold"] is holds
     assert claims["time_ratios"] == [1.0, seconds] and claims["cpu_ratios"] == [1.0, 1.1]
+
+
+def test_the_trainers_cost_is_measured_against_the_bare_step(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overhead, "VOCAB_SIZE", 300)
+    small = "--preset tiny --rows 1 --steps 5 --rounds 2 --warmup 1 --checkpoint-every 2"
+    folders = ["--source", str(text), "--out", str(tmp_path / "out")]
+    assert overhead.main([*small.split(), *folders]) == 0
+    record = json.loads((tmp_path / "out" / "overhead.json").read_text())
+    seconds = record["seconds_per_step"]
+    assert len(seconds["bare"]) == len(seconds["trainer"]) == 2
+    middle = {name: sum(values) / 2 for name, values in seconds.items()}
+    assert record["cost"] == pytest.approx(middle["trainer"] / middle["bare"] - 1)
+    assert 0 < record["data_share"] < 1 and record["mfu"] is None
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["cost"] == record["cost"]
