@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -24,9 +25,11 @@ SHORTER = {
     "train": f"{SMALL} --train.steps 4",
     "bench": "--lengths 8 --tokens 64 --heads 2 --head-dim 16 --rounds 3",
 }
+TUNING = ["--train.tokens-per-step", "128", "--train.steps", "4"]
 VERBS = {
     "README.md": {"demo", "generate", "evaluate", "verify", "info", "prepare", "train", "bench"},
     "attention.md": {"bench", "verify"},
+    "training.md": {"prepare", "train", "verify", "generate", "evaluate"},
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -42,6 +45,8 @@ def text_files(folder: Path) -> None:
     """What the commands of the docs expect to find."""
     lines = [f"def function_{i}(value):\n    return value + {i}\n" for i in range(400)]
     (folder / "my.txt").write_text("\n".join(lines))
+    asked = [{"prompt": f"question {i} answer ", "completion": str(i * i)} for i in range(400)]
+    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, asked)))
     (folder / "notes").mkdir()
     (folder / "notes" / "one.md").write_text("\n".join(reversed(lines)))
 
@@ -77,8 +82,9 @@ def test_every_command_of_a_page_works(
     for command in commands(page):
         program, *argv = shlex.split(command)
         if program == "flashgpt":
-            resumes = "--resume" in argv
-            argv += [] if resumes else shlex.split(SHORTER.get(argv[0], ""))
+            starts_anew = not {"--resume", "--model.init-from"} & set(argv)
+            argv += shlex.split(SHORTER.get(argv[0], "")) if starts_anew else []
+            argv += TUNING if "--model.init-from" in argv else []
             assert main(argv) == 0, f"{command}: {capsys.readouterr().err}"
             seen.add(argv[0])
     assert seen == VERBS[page.name]

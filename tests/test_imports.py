@@ -33,7 +33,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "attention": set(),
     "model": {"attention", "config"},
     "tokenizer": set(),
-    "data": {"config", "tokenizer"},
+    "locks": set(),
+    "data": {"config", "locks", "tokenizer"},
     "generation": {"attention", "config", "model", "tokenizer"},
     "interop": {"config", "model", "tokenizer"},
 }

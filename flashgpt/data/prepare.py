@@ -10,14 +10,12 @@ hidden folder beside the one it makes; the same request goes on from there, to t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,7 @@ from flashgpt.data.shards import (
     record_digest,
 )
 from flashgpt.data.writer import Stream, write_splits
+from flashgpt.locks import alone
 from flashgpt.tokenizer import Tokenizer
 
 Make = Callable[[Journal], Stream]
@@ -83,7 +82,8 @@ def prepare(
     folder = out or Path(data.cache).expanduser() / place
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder.parent, tell):
+        # The next process that prepares here then finds the work done.
+        with alone(folder.parent, lambda: tell(0, 1, "waiting for another prepare")):
             work = folder.parent / f".{folder.name}.tmp"
             if _is_ready(folder, record["fingerprint"], ours=out is None):
                 shutil.rmtree(work, ignore_errors=True)  # left over where a kill came at the end
@@ -194,29 +194,6 @@ def _new_record(data: DataConfig, parts: list[Any], **more: Any) -> dict[str, An
         **more,
         "tokenizer": {"name": data.tokenizer, "vocab_size": data.vocab_size},
     }
-
-
-@contextlib.contextmanager
-def _alone(parent: Path, tell: Progress) -> Iterator[None]:
-    """Lets one process at a time prepare in a folder; the next one then finds the work done."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(parent, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            tell(0, 1, "waiting for another prepare")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:
-            # Some network file systems have no locks; there, as on Windows, two at once collide.
-            logging.getLogger(__name__).info("no lock on %s: %s", parent, error)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _is_ready(folder: Path, fingerprint: str, *, ours: bool) -> bool:

@@ -186,7 +186,10 @@ def check(path: Path) -> Checkpoint:
         ValueError: written by a newer version.
     """
     state = _read_json(path / "trainer" / "state.json")
-    expected = _read_json(path / "trainer" / "digests.json")
+    listed = path / "trainer" / "digests.json"
+    expected = _read_json(listed)
+    if listed.read_text(encoding="utf-8") != _as_json(expected):  # not even in its white space
+        raise DamagedError(f"{listed} is damaged: it is not as it was written")
     for name, digest in expected.items():
         try:
             found = _digest(path / name)
@@ -293,8 +296,12 @@ def load_into(checkpoint: Checkpoint, parts: Parts) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON through a temporary file, so that a reader sees the old or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(_as_json(value), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

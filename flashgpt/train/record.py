@@ -10,12 +10,14 @@ state.json      last and best checkpoint, versions, revision, which kernels serv
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +80,11 @@ class Record:
     def log(self, entry: dict[str, Any]) -> None:
         """Appends one object to metrics.jsonl."""
         self.metrics.append(entry)
-        try:
-            with open(self._metrics_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-        except OSError as error:
-            text = f"{self._metrics_path} cannot be written: {error.strerror}; --resume goes on"
-            raise OSError(error.errno, text) from error
+        with (
+            _naming(self._metrics_path),
+            open(self._metrics_path, "a", encoding="utf-8") as file,
+        ):
+            file.write(json.dumps(entry) + "\n")
 
     def saved(self, path: Path, val_loss: float | None, receipt: list[str]) -> None:
         """Notes the checkpoint just written, and whether it is the best one so far."""
@@ -91,7 +92,9 @@ class Record:
         self.state |= {"last": path.name, "receipt": receipt, "versions": versions()}
         if val_loss is not None and (best is None or val_loss < best):
             self.state |= {"best": path.name, "best_val_loss": val_loss}
-        checkpoint.write_json(self.folder / "state.json", self.state)
+        path = self.folder / "state.json"
+        with _naming(path):
+            checkpoint.write_json(path, self.state)
 
     def plot(self) -> Path:
         """Draws loss.png."""
@@ -102,6 +105,16 @@ class Record:
     @property
     def _metrics_path(self) -> Path:
         return self.folder / "metrics.jsonl"
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Says of an error while writing which file it was, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        text = f"{path} cannot be written: {error.strerror}; --resume goes on"
+        raise OSError(error.errno, text) from error
 
 
 def add_sample(folder: Path, step: int, text: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from flashgpt import orchestrator
 from flashgpt.config import RunConfig, TrainConfig
+from flashgpt.data.batches import Batches
+from flashgpt.data.prepare import prepare
 from flashgpt.data.shards import TokenData
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.train.feed import Feed
 from flashgpt.train.loop import Listener
 from flashgpt.train.step import dropout_seed
 from flashgpt.train.trainer import Trainer
@@ -52,6 +59,76 @@ def test_micro_batches_make_the_same_step(
     found, moved = _double(run, data, tmp_path / "masks", 1)
     assert max(abs(a - b) for a, b in zip(losses, found, strict=True)) > 1e-3
     assert max((a - b).abs().max() for a, b in zip(weights, moved, strict=True)) > 1e-3
+
+
+def test_micro_batches_weigh_as_many_targets_as_they_count(
+    tmp_path: Path, run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of other lengths in every row; budgets as above."""
+    rng = random.Random(1)
+    pairs = [
+        {"prompt": "p" * rng.randrange(1, 40), "completion": "c" * rng.randrange(1, 40)}
+        for _ in range(200)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    source = dataclasses.replace(run.data, source=(str(tmp_path / "pairs.jsonl"),))
+    run = dataclasses.replace(run, data=source)
+    data = TokenData.open(prepare(source))
+    losses, weights = _double(run, data, tmp_path / "whole", None)
+    found, moved = _double(run, data, tmp_path / "micro", 1)
+    assert max(abs(a - b) for a, b in zip(losses, found, strict=True)) <= 4 * 2**-24 * 6
+    assert max((a - b).abs().max() for a, b in zip(weights, moved, strict=True)) <= 1e-7
+    take = Feed.take
+    monkeypatch.setattr(
+        Feed,
+        "take",
+        lambda self, step: [dataclasses.replace(m, weight=0.25) for m in take(self, step)],
+    )
+    found, moved = _double(run, data, tmp_path / "alike", 1)
+    assert max(abs(a - b) for a, b in zip(losses, found, strict=True)) > 1e-3
+
+
+def _single(run: RunConfig, data: TokenData, out: Path, micro: int | None) -> list[float]:
+    """The losses of 100 steps in float32, without dropout."""
+    model = dataclasses.replace(run.model, drop_rate=0.0)
+    train = dataclasses.replace(run.train, steps=100, lr=3e-3, micro_batch=micro)
+    run = dataclasses.replace(run, model=model, train=train)
+    losses: list[float] = []
+    listener = Listener(step=lambda entry: losses.append(entry["loss"]))
+    orchestrator.train(run, data, out, listener=listener)
+    return losses
+
+
+def test_a_hundred_steps_drift_no_further_than_those_of_permuted_rows(
+    tmp_path: Path, run: RunConfig, data: TokenData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training amplifies rounding: the control is the same batch with its rows in another order.
+    Limit: three times its largest drift. A weight that is one percent off is far outside."""
+    losses = _single(run, data, tmp_path / "whole", None)
+    batch = Batches.batch
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Batches, "batch", lambda self, step: [x[::-1].copy() for x in batch(self, step)]
+        )
+        control = _single(run, data, tmp_path / "control", None)
+
+    def drift(other: list[float]) -> float:
+        return max(abs(a - b) for a, b in zip(losses, other, strict=True))
+
+    assert losses[-1] < 0.5 * losses[0]
+    assert 0 < drift(control) < 1e-3
+    for micro in (1, 2):
+        assert drift(_single(run, data, tmp_path / f"micro{micro}", micro)) <= 3 * drift(control)
+    replace = dataclasses.replace
+    take = Feed.take
+    monkeypatch.setattr(
+        Feed,
+        "take",
+        lambda self, step: [
+            replace(m, weight=m.weight * (1.01 if m.first_row else 0.99)) for m in take(self, step)
+        ],
+    )
+    assert drift(_single(run, data, tmp_path / "wrong", 2)) > 3 * drift(control)
 
 
 def test_every_step_draws_other_masks_from_the_seed() -> None:
