@@ -49,11 +49,11 @@ import torch
 
 from flashgpt import __version__
 from flashgpt.attention import kernels
-from flashgpt.config import TrainConfig
 from flashgpt.data import corpus, files
 from flashgpt.data.batches import Batches
 from flashgpt.data.shards import TokenSplit
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import TrainConfig
 from flashgpt.train import optimizer
 from flashgpt.train.schedule import learning_rate
 from flashgpt.train.step import dropout_seed

@@ -40,11 +40,12 @@ from torch import Tensor
 
 from flashgpt import __version__
 from flashgpt.attention.measured import device_name
-from flashgpt.config import DataConfig, GPTConfig, TrainConfig
+from flashgpt.config import GPTConfig
 from flashgpt.data.batches import Batches
 from flashgpt.data.prepare import prepare
 from flashgpt.data.shards import TokenData
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import DataConfig, TrainConfig
 from flashgpt.train import optimizer, runtime
 from flashgpt.train.evaluate import evaluate
 from flashgpt.train.muon import Muon

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 
 from flashgpt.attention.measured import device_name
-from flashgpt.config import DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig, preset
+from flashgpt.config import preset
 from flashgpt.data.batches import Batches
 from flashgpt.data.prepare import prepare
 from flashgpt.data.shards import TokenData
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
 from flashgpt.train import runtime
 from flashgpt.train.checkpoint import write_json
 from flashgpt.train.feed import Feed

@@ -44,10 +44,10 @@ import numpy as np
 import tokenizers
 
 from flashgpt import __version__
-from flashgpt.config import DataConfig
 from flashgpt.data import corpus, encode
 from flashgpt.data.files import find_files
 from flashgpt.data.prepare import prepare
+from flashgpt.runconfig import DataConfig
 from flashgpt.tokenizer import Tokenizer
 
 WAYS = ("raw", "prepare")

@@ -14,11 +14,12 @@ import torch
 
 from flashgpt.attention import kernels
 from flashgpt.attention.request import Request
-from flashgpt.config import GPTConfig, RunConfig, TrainConfig
+from flashgpt.config import GPTConfig
 from flashgpt.data.shards import TokenData
 from flashgpt.fields import check_keys, documented_fields
 from flashgpt.generation.decode import TextGenerator, check_prompt
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import RunConfig, TrainConfig
 from flashgpt.tokenizer import Tokenizer
 from flashgpt.train import checkpoint, initial
 from flashgpt.train.loop import Listener, Result

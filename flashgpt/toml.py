@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flashgpt.config import RunConfig
 from flashgpt.fields import check_keys, documented_fields
+from flashgpt.runconfig import RunConfig
 
 
 def load_toml(path: str | Path) -> RunConfig:

@@ -20,9 +20,9 @@ from flashgpt.attention.dropout import Dropout, attention_keep, element_keep
 from flashgpt.attention.kernels import choose
 from flashgpt.attention.request import Request
 from flashgpt.cli import main
-from flashgpt.config import TrainConfig
 from flashgpt.measure import audit
 from flashgpt.measure.memory import peak_bytes
+from flashgpt.runconfig import TrainConfig
 from flashgpt.train import optimizer, runtime
 from flashgpt.train.feed import Feed
 from flashgpt.train.muon import Muon

@@ -29,13 +29,14 @@ SOURCES = {
 MAY_KNOW: dict[str, set[str]] = {
     "fields": set(),
     "config": {"fields"},
-    "toml": {"config", "fields"},
+    "runconfig": {"config", "fields"},
+    "toml": {"fields", "runconfig"},
     "attention": set(),
     "model": {"attention", "config"},
     "tokenizer": set(),
     "locks": set(),
-    "data": {"config", "locks", "tokenizer"},
-    "generation": {"attention", "config", "model", "tokenizer"},
+    "data": {"locks", "runconfig", "tokenizer"},
+    "generation": {"attention", "config", "model", "runconfig", "tokenizer"},
     "interop": {"config", "model", "tokenizer"},
 }
 TOP = {"cli", "verbs", "orchestrator"}  # known to nobody but the verbs and each other

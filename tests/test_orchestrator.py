@@ -13,10 +13,11 @@ import torch
 
 from flashgpt import orchestrator
 from flashgpt.attention import kernels
-from flashgpt.config import DataConfig, GPTConfig, RunConfig, SampleConfig
+from flashgpt.config import GPTConfig
 from flashgpt.data.prepare import prepare
 from flashgpt.data.shards import TokenData
 from flashgpt.orchestrator import CFG, build
+from flashgpt.runconfig import DataConfig, RunConfig, SampleConfig
 
 SMALL: dict[str, Any] = {
     **CFG,

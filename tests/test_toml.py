@@ -13,14 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashgpt import config
-from flashgpt.config import (
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    SampleConfig,
-    TrainConfig,
-)
 from flashgpt.fields import documented_fields
+from flashgpt.runconfig import DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
 from flashgpt.toml import from_tree, load_toml, to_toml
 
 SECTIONS = (ModelConfig, DataConfig, TrainConfig, SampleConfig)

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashgpt.config import DataConfig
 from flashgpt.data import corpus, foreign
 from flashgpt.data.encode import LAYOUT, encode
 from flashgpt.data.files import SourceFile, find_files
@@ -36,6 +35,7 @@ from flashgpt.data.shards import (
 )
 from flashgpt.data.writer import Stream, write_splits
 from flashgpt.locks import alone
+from flashgpt.runconfig import DataConfig
 from flashgpt.tokenizer import Tokenizer
 
 Make = Callable[[Journal], Stream]

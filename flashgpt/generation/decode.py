@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from flashgpt.config import GPTConfig, SampleConfig
+from flashgpt.config import GPTConfig
 from flashgpt.generation.cache import KVCache
 from flashgpt.generation.sampling import sample
 from flashgpt.model.gpt2 import GPTModel, check_ids
+from flashgpt.runconfig import SampleConfig
 from flashgpt.tokenizer import StreamDecoder, Tokenizer
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashgpt.config import SampleConfig
+from flashgpt.runconfig import SampleConfig
 
 
 def sample(logits_V: Tensor, config: SampleConfig, generator: torch.Generator) -> int:

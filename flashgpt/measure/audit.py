@@ -20,12 +20,13 @@ from flashgpt.attention import properties, standard, verify
 from flashgpt.attention.heads import MultiHeadAttention
 from flashgpt.attention.kernels import KERNELS, refusal
 from flashgpt.attention.verify import Error, Verdict, judge
-from flashgpt.config import GPTConfig, SampleConfig
+from flashgpt.config import GPTConfig
 from flashgpt.generation.cache import KVCache
 from flashgpt.generation.decode import decode
 from flashgpt.measure.memory import peak_bytes
 from flashgpt.model.block import TransformerBlock
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import SampleConfig
 
 SEEDS = 9
 DECODED = 32  # tokens

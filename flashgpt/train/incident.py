@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from flashgpt.config import RunConfig
 from flashgpt.interop import huggingface
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import RunConfig
 from flashgpt.toml import from_tree
 from flashgpt.train.checkpoint import write_json
 from flashgpt.train.diagnose import Findings

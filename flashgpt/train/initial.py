@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from flashgpt.config import DataConfig, GPTConfig, RunConfig
+from flashgpt.config import GPTConfig
 from flashgpt.interop.huggingface import read_config
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import DataConfig, RunConfig
 from flashgpt.tokenizer import Tokenizer
 from flashgpt.train import checkpoint
 

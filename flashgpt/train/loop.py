@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from flashgpt.attention import kernels
-from flashgpt.config import RunConfig
 from flashgpt.data.batches import Batches
 from flashgpt.data.shards import TokenData
 from flashgpt.measure.flops import flop_per_token, peak_flop_per_second
+from flashgpt.runconfig import RunConfig
 from flashgpt.train import checkpoint, incident, runtime
 from flashgpt.train.diagnose import diagnose
 from flashgpt.train.evaluate import Evaluation, evaluate

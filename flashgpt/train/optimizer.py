@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from flashgpt.config import TrainConfig
+from flashgpt.runconfig import TrainConfig
 from flashgpt.train.muon import Muon
 
 Role = Literal["matrix", "embedding", "vector"]

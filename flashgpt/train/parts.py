@@ -6,8 +6,8 @@ import dataclasses
 
 import torch
 
-from flashgpt.config import TrainConfig
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import TrainConfig
 from flashgpt.tokenizer import Tokenizer
 from flashgpt.train import optimizer, runtime
 from flashgpt.train.guard import Guard

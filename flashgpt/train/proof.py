@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flashgpt.config import RunConfig
 from flashgpt.data.shards import TokenData
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import RunConfig
 from flashgpt.toml import load_toml
 from flashgpt.train import checkpoint
 from flashgpt.train.trainer import Trainer

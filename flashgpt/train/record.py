@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from flashgpt import __version__
-from flashgpt.config import RunConfig
 from flashgpt.measure.plots import draw_loss
+from flashgpt.runconfig import RunConfig
 from flashgpt.toml import load_toml, to_toml
 from flashgpt.train import checkpoint
 

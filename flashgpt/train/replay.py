@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from flashgpt.attention import kernels
-from flashgpt.config import RunConfig
 from flashgpt.interop import huggingface
+from flashgpt.runconfig import RunConfig
 from flashgpt.tokenizer import Tokenizer
 from flashgpt.train.diagnose import Findings, diagnose
 from flashgpt.train.incident import Incident

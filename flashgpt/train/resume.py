@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from flashgpt.config import TrainConfig
 from flashgpt.data.shards import TokenData
+from flashgpt.runconfig import TrainConfig
 from flashgpt.train import checkpoint, runtime
 from flashgpt.train.parts import Parts
 

@@ -14,8 +14,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from flashgpt.config import TrainConfig
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import TrainConfig
 
 # On a CPU the compiler takes about a minute and wins about a third of a step.
 COMPILE_REPAYS_FLOP = 2e15

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from flashgpt.config import TrainConfig
+from flashgpt.runconfig import TrainConfig
 
 
 def warmup_steps(config: TrainConfig) -> int:

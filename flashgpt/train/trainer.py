@@ -10,11 +10,11 @@ import statistics
 from pathlib import Path
 
 from flashgpt.attention import kernels
-from flashgpt.config import RunConfig, TrainConfig
 from flashgpt.data.batches import Batches
 from flashgpt.data.shards import TokenData
 from flashgpt.locks import BusyError, alone
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import RunConfig, TrainConfig
 from flashgpt.tokenizer import Tokenizer
 from flashgpt.train import checkpoint, runtime
 from flashgpt.train.feed import Feed

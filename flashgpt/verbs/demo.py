@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated
 from typing_extensions import Doc
 
 from flashgpt.cli import UsageError
-from flashgpt.config import DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
+from flashgpt.runconfig import DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
 from flashgpt.verbs.parse import Positional, parse
 
 if TYPE_CHECKING:

@@ -41,9 +41,9 @@ def main(argv: Sequence[str]) -> int:
     args = parse(Args, "evaluate", argv, __doc__)
     import tempfile
 
-    from flashgpt.config import DataConfig
     from flashgpt.data.prepare import prepare
     from flashgpt.data.shards import TokenData
+    from flashgpt.runconfig import DataConfig
     from flashgpt.toml import load_toml
     from flashgpt.train.checkpoint import load
     from flashgpt.train.evaluate import evaluate

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
-from flashgpt.config import SampleConfig
+from flashgpt.runconfig import SampleConfig
 from flashgpt.verbs.parse import Flag, OmitPrefix, Positional, parse
 
 

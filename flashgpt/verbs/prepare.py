@@ -21,7 +21,7 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
-from flashgpt.config import DataConfig
+from flashgpt.runconfig import DataConfig
 from flashgpt.verbs.parse import Positional, parse, usage
 
 

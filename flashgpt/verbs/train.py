@@ -22,13 +22,7 @@ from typing import Annotated
 from typing_extensions import Doc
 
 from flashgpt.cli import UsageError
-from flashgpt.config import (
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    SampleConfig,
-    TrainConfig,
-)
+from flashgpt.runconfig import DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
 from flashgpt.toml import load_toml, to_toml
 from flashgpt.verbs.parse import Flag, Valued, parse, usage
 

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashgpt.config import DataConfig
 from flashgpt.data import encode
 from flashgpt.data.corpus import Piece, documents, held_out, survey
 from flashgpt.data.files import find_files
 from flashgpt.data.prepare import prepare
+from flashgpt.runconfig import DataConfig
 
 
 @given(lengths=st.lists(st.integers(0, 30), max_size=80))

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashgpt.config import DataConfig
 from flashgpt.data import foreign
 from flashgpt.data.prepare import prepare
 from flashgpt.data.shards import TokenData, TokenSplit
+from flashgpt.runconfig import DataConfig
 
 END = 256
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from flashgpt.config import DataConfig
 from flashgpt.data import encode
 from flashgpt.data import prepare as preparing
 from flashgpt.data.prepare import prepare
 from flashgpt.data.shards import TokenData
+from flashgpt.runconfig import DataConfig
 from flashgpt.tokenizer import Tokenizer
 
 BATCH, PART_BATCHES = 300, 2
@@ -28,7 +28,7 @@ GOES_ON = "encoding, from where it was"
 GATED = f"""
 import importlib, sys
 from pathlib import Path
-from flashgpt.config import DataConfig
+from flashgpt.runconfig import DataConfig
 from flashgpt.data import encode
 from flashgpt.data.prepare import prepare
 encode.BATCH, encode.PART_BATCHES = {BATCH}, {PART_BATCHES}

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashgpt.config import DataConfig
 from flashgpt.data import corpus, encode
 from flashgpt.data.corpus import held_out, survey
 from flashgpt.data.files import find_files
 from flashgpt.data.prepare import prepare
 from flashgpt.data.shards import TokenData, TokenSplit
+from flashgpt.runconfig import DataConfig
 from flashgpt.tokenizer import Tokenizer
 
 

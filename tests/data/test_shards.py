@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashgpt.config import DataConfig
 from flashgpt.data import encode
 from flashgpt.data import prepare as preparing
 from flashgpt.data.prepare import prepare
 from flashgpt.data.shards import TokenData, TokenSplit
+from flashgpt.runconfig import DataConfig
 from flashgpt.tokenizer import EOS, Tokenizer
 
 

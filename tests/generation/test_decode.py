@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 import flashgpt
-from flashgpt.config import GPTConfig, SampleConfig
+from flashgpt.config import GPTConfig
 from flashgpt.generation import decode as decoding
 from flashgpt.generation.cache import LayerKV
 from flashgpt.generation.decode import TextGenerator, decode
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import SampleConfig
 from flashgpt.tokenizer import Tokenizer
 
 CONTEXT = 8

@@ -12,8 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from flashgpt.config import SampleConfig
 from flashgpt.generation.sampling import sample
+from flashgpt.runconfig import SampleConfig
 
 LOGITS = np.array([1.0, -2.0, 3.0, 0.5, 2.5, -1.0, 2.9, 0.0, 1.5, -30.0])
 DRAWS = 2000

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flashgpt.config import SampleConfig
 from flashgpt.generation.decode import decode
 from flashgpt.interop import huggingface
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import SampleConfig
 from flashgpt.tokenizer import Tokenizer
 from flashgpt.train.checkpoint import load
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flashgpt.config import DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
 from flashgpt.data.prepare import prepare
 from flashgpt.data.shards import TokenData
+from flashgpt.runconfig import DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
 
 
 @pytest.fixture

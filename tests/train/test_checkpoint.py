@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 import flashgpt
-from flashgpt.config import TrainConfig
+from flashgpt.runconfig import TrainConfig
 from flashgpt.train import checkpoint
 from flashgpt.train.checkpoint import DamagedError, check, good, load, steps
 from flashgpt.train.parts import build

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from flashgpt import orchestrator
-from flashgpt.config import RunConfig
 from flashgpt.data.batches import Batches
 from flashgpt.data.shards import TokenData
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import RunConfig
 from flashgpt.train import incident
 from flashgpt.train.diagnose import diagnose
 from flashgpt.train.feed import Feed

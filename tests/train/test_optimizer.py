@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashgpt.config import TrainConfig
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import TrainConfig
 from flashgpt.train import optimizer
 from flashgpt.train.muon import Muon
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from flashgpt.config import RunConfig, TrainConfig
+from flashgpt.runconfig import RunConfig, TrainConfig
 from flashgpt.toml import load_toml
 from flashgpt.train.record import Record, _revision, add_sample, versions
 

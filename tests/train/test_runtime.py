@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from flashgpt.config import TrainConfig
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import TrainConfig
 from flashgpt.train import runtime
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

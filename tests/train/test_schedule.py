@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashgpt.config import TrainConfig
+from flashgpt.runconfig import TrainConfig
 from flashgpt.train.schedule import decay_steps, learning_rate, warmup_steps
 
 

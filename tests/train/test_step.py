@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from flashgpt import orchestrator
-from flashgpt.config import RunConfig, TrainConfig
 from flashgpt.data.batches import Batches
 from flashgpt.data.prepare import prepare
 from flashgpt.data.shards import TokenData
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import RunConfig, TrainConfig
 from flashgpt.train.feed import Feed
 from flashgpt.train.loop import Listener
 from flashgpt.train.step import dropout_seed

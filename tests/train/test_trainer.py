@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from flashgpt import orchestrator
-from flashgpt.config import RunConfig
 from flashgpt.data.prepare import prepare
 from flashgpt.data.shards import TokenData
+from flashgpt.runconfig import RunConfig
 from flashgpt.toml import load_toml
 
 Cli = Callable[..., Any]

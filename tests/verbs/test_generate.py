@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from flashgpt.attention import kernels
-from flashgpt.config import SampleConfig
 from flashgpt.generation.decode import TextGenerator
+from flashgpt.runconfig import SampleConfig
 from flashgpt.train.checkpoint import load
 
 Cli = Callable[..., Any]
