@@ -239,6 +239,10 @@ class TrainConfig:
                 f"train.decay_steps must be at most the {self.steps - (self.warmup_steps or 0)} "
                 f"steps after warmup, got {self.decay_steps}"
             )
+        if (self.stop_at or 0) > self.steps:
+            raise ValueError(
+                f"train.stop_at must be at most steps ({self.steps}), got {self.stop_at}"
+            )
         if self.seed >= 2**63:
             raise ValueError(f"train.seed must be in [0, 2^63), got {self.seed}")
 

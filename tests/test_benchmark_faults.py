@@ -52,3 +52,16 @@ def test_white_space_of_the_digests_counts(copied: Any) -> None:
     path.write_text(text.replace("\n", " ", 1))
     with pytest.raises(checkpoint.DamagedError, match=r"digests\.json is damaged"):
         checkpoint.check(copied.checkpoints[-1])
+
+
+def test_the_docs_say_what_was_found() -> None:
+    root = Path(faults.__file__).parents[1]
+    found = json.loads((root / "benchmarks" / "faults" / "faults.json").read_text())
+    kills = found["kills"]
+    page = " ".join((root / "docs" / "training.md").read_text().split())
+    assert f"{kills['kills']} kills at random moments, {kills['while_saving']} of them" in page
+    assert f"all {kills['runs_finished']} runs that got to their end" in page
+    changed, files = found["flips"]["flips"], len(found["flips"]["files"])
+    assert f"Each of {changed} changed bytes, over all {files} files" in page
+    readme = " ".join((root / "README.md").read_text().split())
+    assert f"Killed {kills['kills']} times" in readme and f"each of {changed} flipped" in readme

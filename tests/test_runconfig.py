@@ -57,6 +57,7 @@ def test_every_key_has_a_unit_and_refuses_another_type(cls: type) -> None:
         (TrainConfig, {"grad_clip": -1}, "train.grad_clip must not be negative"),
         (TrainConfig, {"beta2": 1.0}, r"train.beta2 must be in \[0, 1\)"),
         (TrainConfig, {"optimizer": "sgd"}, "train.optimizer must be one of adamw, muon"),
+        (TrainConfig, {"stop_at": 1001}, r"train.stop_at must be at most steps \(1000\), got 1001"),
         (TrainConfig, {"precision": "fp8"}, "train.precision must be one of auto, fp32, bf16"),
         (SampleConfig, {"max_new_tokens": 0}, "sample.max_new_tokens must be at least 1"),
         (SampleConfig, {"temperature": -0.1}, "sample.temperature must not be negative"),

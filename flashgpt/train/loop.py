@@ -83,7 +83,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.train = self.parts.config
-        self.last = min(self.train.stop_at or self.train.steps, self.train.steps)
+        self.last = self.train.stop_at or self.train.steps
         self.copies = HostCopies()
         self.saved: Path | None = None
         model, device = self.parts.model, self.parts.device
@@ -233,7 +233,7 @@ class Run:
         """
         self.saver.wait()
         before = step - LIMIT_IN_A_ROW
-        ranges = self.record.state.setdefault("skipped", [])
+        ranges = self.record.state["skipped"]
         found = next(
             (
                 good
@@ -281,7 +281,7 @@ class Run:
             "data": self.data.fingerprint,
             "receipt": receipt,
             "train": dataclasses.asdict(self.train),
-            "skipped": record.state.get("skipped", []),
+            "skipped": list(record.state["skipped"]),
         }
         contents = checkpoint.Contents(parts.model.cfg, parts.tokenizer, state, **copies)
         loss = None if evaluation is None else evaluation.loss

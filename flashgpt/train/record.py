@@ -45,6 +45,7 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
         self.metrics: list[dict[str, Any]] = []
         self.state: dict[str, Any] = {"last": None, "best": None, "best_val_loss": None}
+        self.state["skipped"] = []  # ranges of steps that a rollback passed over
 
     def start(self, config: RunConfig, step: int) -> None:
         """Begins at `step`: drops what an interrupted run logged past it.

@@ -93,6 +93,7 @@ class Trainer:
         found = go_on(out, data, self.parts, listener.note) if again else None
         record = Record(out)
         record.start(run, found.step if found else 0)
+        record.state["skipped"] = found.state.get("skipped", []) if found else []
         kernels.clear_receipt()  # the run's record is of this run
         stepper = Stepper(self.parts, runtime.compiled(model, config, listener.note))
         stepper.next = found.step if found else 0

@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
     with counting(out) as progress:
         data = TokenData.open(prepare(config.data, progress=progress))
     out.print(data.describe())
-    last = min(config.train.stop_at or config.train.steps, config.train.steps)
+    last = config.train.stop_at or config.train.steps
     with training(out, 0, last) as listener:
         _, result = orchestrator.train(config, data, folder, resume=args.resume, listener=listener)
     out.print(f"checkpoint {result.checkpoint}, plot {folder / 'loss.png'}")
