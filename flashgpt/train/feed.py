@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashgpt.data.batches import Batches
-from flashgpt.model.loss import IGNORE
+from flashgpt.data.batches import IGNORE, Batches
 
 AHEAD = 2  # steps
 
@@ -60,7 +59,7 @@ class Feed:
         self._thread.shutdown(cancel_futures=True)
 
     def take(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of a step, on the device; those without a counted target left out.
+        """The micro-batches of a step, on the device.
 
         Waits until they are read. Memory on its way to a GPU is not waited for.
         """
@@ -90,10 +89,9 @@ class Feed:
         found = []
         for row in range(0, self._rows, self._micro):
             part = slice(row, row + self._micro)
-            counted = np.count_nonzero(targets[part] != IGNORE)
-            if counted:
-                on_host = (self._on_host(ids[part]), self._on_host(targets[part]))
-                found.append(MicroBatch(*on_host, row, counted / total))
+            counted = np.count_nonzero(targets[part] != IGNORE)  # one at least in every row
+            on_host = (self._on_host(ids[part]), self._on_host(targets[part]))
+            found.append(MicroBatch(*on_host, row, counted / total))
         return found
 
     def _on_host(self, values: np.ndarray) -> Tensor:

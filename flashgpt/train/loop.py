@@ -170,8 +170,6 @@ class Run:
             entry["skipped"] = incident.reason(done)
         elif done.verdict == Verdict.OVERFLOW:
             entry["skipped"] = "fp16 overflow: the loss scale falls"
-        elif done.verdict is None:
-            entry["skipped"] = "no target of the batch counts"
         return entry
 
     def _refused(self, done: Done, entry: dict[str, Any]) -> None:

@@ -38,7 +38,6 @@ class Done:
 
     Attributes:
         step: its number, from 0.
-        verdict: None if no target of its batch counts, so that there was nothing to do.
         loss: nats per counted target.
         norm: of the whole gradient, before clipping.
         z_loss, z_norm: standard deviations from the means of the steps before; 0 early on.
@@ -48,7 +47,7 @@ class Done:
     """
 
     step: int
-    verdict: Verdict | None
+    verdict: Verdict
     loss: float
     norm: float
     z_loss: float
@@ -108,9 +107,9 @@ class Stepper:
         micros = feed.take(step)
         data_seconds = time.perf_counter() - waiting
         rate = learning_rate(step, self._parts.config)
-        report = self._update(step, micros, rate) if micros else None
-        clock.stop()
-        return _UnderWay(step, _to_host(report), rate, clock, data_seconds)
+        report = _to_host(self._update(step, micros, rate))
+        clock.stop()  # behind the report, which is there once this time has come
+        return _UnderWay(step, report, rate, clock, data_seconds)
 
     def _update(self, step: int, micros: list[MicroBatch], rate: float) -> Tensor:
         """One optimizer step, unless the guard refuses it; returns the guard's report."""
@@ -161,7 +160,7 @@ class _UnderWay:
     """A step that was launched; its report, on the host, is there when the clock has stopped."""
 
     step: int
-    report: Tensor | None
+    report: Tensor
     rate: float
     clock: _Clock
     data_seconds: float
@@ -169,11 +168,8 @@ class _UnderWay:
     def read(self) -> Done:
         """Waits until the step is done."""
         seconds = self.clock.seconds()
-        verdict, found = None, [0.0, 0.0, math.nan, math.nan]
-        if self.report is not None:
-            code, *found = self.report.tolist()
-            verdict = Verdict(int(code))
-        z_loss, z_norm, loss, norm = found
+        code, z_loss, z_norm, loss, norm = self.report.tolist()
+        verdict = Verdict(int(code))
         return Done(
             self.step, verdict, loss, norm, z_loss, z_norm, self.rate, seconds, self.data_seconds
         )
@@ -203,7 +199,7 @@ class _Clock:
         return float(self._events[0].elapsed_time(self._events[1])) / 1e3
 
 
-def _to_host(report: Tensor | None) -> Tensor | None:
-    if report is None or report.device.type == "cpu":
+def _to_host(report: Tensor) -> Tensor:
+    if report.device.type == "cpu":
         return report
     return torch.empty_like(report, device="cpu", pin_memory=True).copy_(report, non_blocking=True)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashgpt.model.loss import IGNORE
+from flashgpt.data.batches import IGNORE
 from flashgpt.train.feed import Feed
 
 CPU = torch.device("cpu")
@@ -53,14 +53,10 @@ def test_steps_in_order_are_read_once_and_ahead() -> None:
 
 
 def test_micro_batches_weigh_as_many_targets_as_they_count() -> None:
-    masked = [[True] * 3, [True] * 3, [True, True, False], [False] * 3]
-    made: Any = Made(masked)
-    with Feed(made, 4, 1, CPU) as feed:
+    made: Any = Made([[True, True, False], [True, True, False], [True, True, False], [False] * 3])
+    with Feed(made, 4, 2, CPU) as feed:
         micros = feed.take(0)
-    assert [(m.first_row, m.weight) for m in micros] == [(2, 0.25), (3, 0.75)]
-    nothing: Any = Made([[True] * 3] * 4)
-    with Feed(nothing, 4, 1, CPU) as feed:
-        assert feed.take(0) == []
+    assert [(m.first_row, m.weight) for m in micros] == [(0, 2 / 6), (2, 4 / 6)]
 
 
 def test_what_reading_raises_comes_up_where_the_step_is_taken() -> None:
