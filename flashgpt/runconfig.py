@@ -181,7 +181,10 @@ class TrainConfig:
         Doc("after 3 bad steps in a row: stop, or go back to a checkpoint and pass their batches"),
     ] = "stop"
     guard_zscore: Annotated[
-        float, Doc("a step this many standard deviations above the last 128 is bad; 0 = never")
+        float,
+        Doc(
+            "a step so many standard deviations above the last 128 is bad; 0: only what is not finite"
+        ),
     ] = 8.0
     seed: Annotated[int, Doc("seed of weights, data order and dropout")] = 1337
     precision: Annotated[

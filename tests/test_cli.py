@@ -15,12 +15,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from flashgpt import __version__, cli
-from flashgpt.data import prepare as preparing
+from flashgpt.data import writer
+from flashgpt.toml import load_toml
+from flashgpt.train.incident import Incident
 from flashgpt.verbs import info
 from flashgpt.verbs.parse import parse
 
@@ -91,6 +94,8 @@ def test_examples_are_understood(
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     config = (trained.folder / "config.toml").read_text()
     (tmp_path / "runs" / "mine" / "config.toml").write_text(config)
+    config = SimpleNamespace(config=load_toml(trained.folder / "config.toml"))
+    monkeypatch.setattr(Incident, "load", lambda _: config)
     program, verb, *arguments = shlex.split(example)
     assert program == "flashgpt"
     module = importlib.import_module(f"flashgpt.verbs.{verb}")
@@ -287,7 +292,7 @@ def test_no_space_left_while_preparing(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(preparing.np, "save", full)
+    monkeypatch.setattr(writer.np, "save", full)
     line = cli("prepare", places["TEXT"], "--tokenizer", "bytes", "--out", "tokens").error(1)
     assert "cannot be written to tokens: No space left on device" in line
     assert not Path("tokens").exists() and not Path(".tokens.tmp").exists()

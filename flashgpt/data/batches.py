@@ -133,8 +133,9 @@ def eval_windows(
         raise ValueError(
             f"validation must have at least 2 tokens, got {split.n_tokens}; use more text"
         )
-    if len(split.ignored) == len(split.tokens) and all(
-        mask[1:].all() for mask in split.ignored.values()
+    if all(
+        len(shard) < 2 or (number in split.ignored and split.ignored[number][1:].all())
+        for number, shard in enumerate(split.tokens)
     ):
         raise ValueError("validation must have a target that counts, got none; use more text")
     if max_tokens is not None and max_tokens < 1:

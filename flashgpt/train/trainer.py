@@ -70,10 +70,11 @@ class Trainer:
         """
         listener = listener or Listener()
         check_start(self.parts.config, out, resume)
+        batches = self._batches(data)
         out.mkdir(parents=True, exist_ok=True)
         try:
             with alone(out):
-                return self._fit(data, out, run, resume, listener)
+                return self._fit(data, batches, out, run, resume, listener)
         except BusyError as error:
             raise ValueError(
                 f"{out} is being trained by another process; wait for it, or choose another --out"
@@ -82,10 +83,15 @@ class Trainer:
             self.parts.model.set_dropout(None)
 
     def _fit(
-        self, data: TokenData, out: Path, run: RunConfig, again: bool, listener: Listener
+        self,
+        data: TokenData,
+        batches: Batches,
+        out: Path,
+        run: RunConfig,
+        again: bool,
+        listener: Listener,
     ) -> Result:
         model, config = self.parts.model, self.parts.config
-        batches = self._batches(data)
         # Now, not at the first checkpoint.
         checkpoint.check_space(out, COPIES * sum(p.nbytes for p in model.parameters()))
         checkpoint.remove_temporaries(out)
