@@ -182,9 +182,7 @@ class TrainConfig:
     ] = "stop"
     guard_zscore: Annotated[
         float,
-        Doc(
-            "a step so many standard deviations above the last 128 is bad; 0: only what is not finite"
-        ),
+        Doc("so many standard deviations above the last 128 steps is bad; 0: finiteness only"),
     ] = 8.0
     seed: Annotated[int, Doc("seed of weights, data order and dropout")] = 1337
     precision: Annotated[
