@@ -20,6 +20,7 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
+from flashgpt.cli import UsageError
 from flashgpt.verbs.parse import Flag, Positional, parse
 
 
@@ -31,7 +32,9 @@ class Args:
     source: Annotated[
         tuple[str, ...], Doc("text to evaluate on; the run's own validation text when left out")
     ] = ()
-    field: Annotated[str, Doc("field of .jsonl lines of --source that is the text")] = "text"
+    field: Annotated[
+        str | None, Doc("field of .jsonl lines of --source that is the text; text if left out")
+    ] = None
     best: Annotated[bool, Flag, Doc("of a run, its best checkpoint instead of the last")] = False
     json: Annotated[bool, Flag, Doc("print one JSON object")] = False
 
@@ -39,6 +42,8 @@ class Args:
 def main(argv: Sequence[str]) -> int:
     """Runs `flashgpt evaluate`."""
     args = parse(Args, "evaluate", argv, __doc__)
+    if args.field is not None and not args.source:
+        raise UsageError("--field is for the .jsonl files of --source; name some, or leave it out")
     import tempfile
 
     from flashgpt.data.prepare import prepare
@@ -56,7 +61,9 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         if args.source:
             tokenizer.save(Path(scratch))
-            config = DataConfig(args.source, scratch, cache=scratch, field=args.field)
+            config = DataConfig(
+                args.source, scratch, cache=scratch, field=args.field or DataConfig.field
+            )
         else:
             path = Path(args.model) / "config.toml"
             if not path.exists():
@@ -72,12 +79,14 @@ def main(argv: Sequence[str]) -> int:
     tokens, n_bytes = sum(e.tokens for e in found), sum(e.bytes for e in found)
     loss = sum(e.loss * e.tokens for e in found) / tokens
     bits = loss * tokens / math.log(2) / n_bytes
-    result = {"loss": loss, "bits_per_byte": bits, "tokens": tokens, "bytes": n_bytes}
+    perplexity = math.exp(loss)
+    result = {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits}
+    result |= {"tokens": tokens, "bytes": n_bytes}
     if args.json:
         print(json.dumps(result))
     else:
         print(
-            f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):,.2f}, "
+            f"loss {loss:.4f} nats per token, perplexity {perplexity:,.2f}, "
             f"{bits:.4f} bits per byte ({tokens:,} tokens, {n_bytes:,} bytes)"
         )
     return 0

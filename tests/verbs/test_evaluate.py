@@ -16,11 +16,12 @@ Cli = Callable[..., Any]
 
 def test_a_runs_own_validation_text(trained: Any, cli: Cli) -> None:
     found = json.loads(cli("evaluate", trained.folder, "--json").done())
-    assert set(found) == {"loss", "bits_per_byte", "tokens", "bytes"}
+    assert found["perplexity"] == math.exp(found["loss"])
+    assert set(found) == {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"}
     assert found["loss"] == pytest.approx(trained.metrics[-1]["val_loss"], rel=1e-9)
     line = cli("evaluate", trained.folder).done()
     assert line == (
-        f"loss {found['loss']:.4f} nats per token, perplexity {math.exp(found['loss']):,.2f}, "
+        f"loss {found['loss']:.4f} nats per token, perplexity {found['perplexity']:,.2f}, "
         f"{found['bits_per_byte']:.4f} bits per byte ({found['tokens']:,} tokens, "
         f"{found['bytes']:,} bytes)\n"
     )
@@ -48,6 +49,8 @@ def test_completions_alone_are_counted(tmp_path: Path, trained: Any, cli: Cli) -
     assert (found["tokens"], found["bytes"]) == (3, 2)
     whole = cli("evaluate", trained.folder, "--source", texts, "--field", "body", "--json").done()
     assert json.loads(whole)["tokens"] == 10
+    refused = cli("evaluate", trained.folder, "--field", "body").error(2)
+    assert "--field is for the .jsonl files of --source" in refused
 
 
 def test_a_text_of_a_few_bytes(tmp_path: Path, trained: Any, cli: Cli) -> None:
