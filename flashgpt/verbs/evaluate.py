@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     tokens, n_bytes = sum(e.tokens for e in found), sum(e.bytes for e in found)
     loss = sum(e.loss * e.tokens for e in found) / tokens
     bits = loss * tokens / math.log(2) / n_bytes
-    perplexity = math.exp(loss)
+    perplexity = math.exp(min(loss, 700.0))
     result = {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits}
     result |= {"tokens": tokens, "bytes": n_bytes}
     if args.json:
