@@ -6,11 +6,13 @@ pytest tests/train/test_resume.py
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flashgpt.data.batches import Batches
 from flashgpt.train import checkpoint, optimizer, step
@@ -52,6 +54,23 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
     lines = [line for line in receipt if ", dropout" in line]
     assert lines and all((", own masks" in line) == (masks == "kernel") for line in lines)
     assert all(f"attention: {line}" in shown for line in lines)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
+@pytest.mark.parametrize("use_flash", [True, False])
+def test_a_compiled_run_goes_on_bit_for_bit(
+    use_flash: bool, tmp_path: Path, train: Callable[..., Any], trained: Any, cli: Cli
+) -> None:
+    small = ("--model.n-layers", 1, "--train.steps", 4, "--train.compile", "on")
+    small += ("--model.use-flash", use_flash)
+    halves = train(tmp_path / "halves", *small, "--train.stop-at", 2)
+    shown = cli("train", "--resume", "--out", halves.folder).done()
+    assert "compiles the model" in shown and "runs without torch.compile" not in shown
+    whole = train(tmp_path / "whole", *small)
+    mine, other = halves.tensors(), whole.tensors()
+    assert len(mine) > 40 and all(torch.equal(mine[name], other[name]) for name in mine | other)
+    logs = [[(e["loss"], e["grad_norm"]) for e in run.metrics] for run in (halves, whole)]
+    assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize("lost", ["weights", "moments", "masks", "batches"])
