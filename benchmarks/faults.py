@@ -125,10 +125,12 @@ def kills(runs: Runs, wanted: int, rng: random.Random, tell: Callable[[str], Non
             out = finished(runs, out, reference, found)
             continue
         require(process.returncode == -signal.SIGKILL, f"only the kill ends a run, not: {error}")
-        found["kills"] += 1
-        found["while_saving"] += any((out / "checkpoints").glob(".*"))
         best = next((c for c in good(out) if isinstance(c, Checkpoint)), None)
         require(best is not None or not steps(out), "a good checkpoint loads once there is one")
+        if best is not None and best.step == LAST:  # nothing was left to lose
+            continue
+        found["kills"] += 1
+        found["while_saving"] += any((out / "checkpoints").glob(".*"))
         found["resumed_from"].append(best.step if best else 0)
         tell(f"kill {found['kills']}/{wanted}: goes on from step {found['resumed_from'][-1]}")
     require(runs.finish(out)[0] == 0, "the run ends well after the last kill")

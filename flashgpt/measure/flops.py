@@ -11,19 +11,22 @@ import torch
 
 from flashgpt.model.gpt2 import GPTModel
 
-# Dense bf16 or fp16 FLOP per second with fp32 sums, from the makers' data sheets. The first name
-# that is part of the device's name counts.
+# Dense bf16 or fp16 FLOP per second with fp32 sums, from the makers' data sheets, by the whole name
+# of the device: an unknown relative of a known card has other units and clocks.
 PEAKS = {
-    "H200": 989.4e12,
-    "H100 PCIe": 756.0e12,
-    "H100 NVL": 835.0e12,
-    "H100": 989.4e12,
-    "A100": 311.9e12,
-    "A10G": 70.0e12,
-    "L40S": 362.0e12,
-    "L4": 121.0e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71.0e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756.0e12,
+    "NVIDIA H100 NVL": 835.0e12,
+    "NVIDIA A100-SXM4-40GB": 311.9e12,
+    "NVIDIA A100-SXM4-80GB": 311.9e12,
+    "NVIDIA A100-PCIE-40GB": 311.9e12,
+    "NVIDIA A100 80GB PCIe": 311.9e12,
+    "NVIDIA A10G": 70.0e12,
+    "NVIDIA L40S": 362.0e12,
+    "NVIDIA L4": 121.0e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 3090": 71.0e12,
 }
 
 
@@ -40,5 +43,4 @@ def peak_flop_per_second(device: torch.device, dtype: torch.dtype | None) -> flo
     """The data sheet's peak in half precision; None where it is not known, and for fp32."""
     if device.type != "cuda" or dtype is None:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return PEAKS.get(torch.cuda.get_device_name(device))

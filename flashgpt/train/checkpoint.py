@@ -38,6 +38,9 @@ from flashgpt.train.parts import Parts
 FORMAT = 2
 FOLDER = "checkpoints"
 TEMPORARY = ".saving-"
+REPLACED, DOOMED = TEMPORARY + "old-", TEMPORARY + "doomed-"  # by a rename, before the removal
+DAMAGED = ".damaged-"
+READ_AGAIN = 5  # times a reader chooses anew when training has removed what it was reading
 SMALL_FILES = 16 * 2**20  # bytes: tokenizer, config, digests, and some air
 MAY_DIFFER = ("use_flash", "drop_rate")  # config keys that a resumed run may change
 
@@ -137,7 +140,7 @@ def check_space(run: Path, n_bytes: int) -> None:
 def _publish(temporary: Path, final: Path) -> None:
     """Renames into place; a damaged checkpoint of the same step makes room."""
     if final.exists():
-        old = final.with_name(TEMPORARY + "old-" + final.name)
+        old = final.with_name(REPLACED + final.name)
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
         temporary.rename(final)
@@ -161,19 +164,35 @@ def steps(run: Path) -> list[Path]:
 
 
 def remove_temporaries(run: Path) -> None:
-    """Removes what a killed save left behind."""
+    """Removes what a killed save left behind; what it was about to replace comes back."""
     for path in (run / FOLDER).glob(TEMPORARY + "*"):
-        shutil.rmtree(path, ignore_errors=True)
+        before = path.with_name(path.name.removeprefix(REPLACED))
+        if path.name.startswith(REPLACED) and not before.exists():
+            path.rename(before)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_old(run: Path, keep: int, best: str | None) -> None:
-    """Removes all but the `keep` newest checkpoints and the one named `best`; 0 keeps all.
+def set_aside(run: Path, step: int) -> None:
+    """Takes the checkpoints past `step` out of the row, for a run that goes on from there.
+
+    They are damaged, else it would go on from them. They stay, under a name with a dot.
+    """
+    for path in steps(run):
+        if path.name > name_of(step):
+            aside = path.with_name(DAMAGED + path.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
+def remove_old(run: Path, keep: int, named: set[str | None]) -> None:
+    """Removes all but the `keep` newest checkpoints and those that are `named`; 0 keeps all.
 
     Each is renamed first: what a kill leaves half removed has a temporary's name.
     """
     for path in steps(run)[keep:] if keep else []:
-        if path.name != best:
-            doomed = path.with_name(TEMPORARY + "old-" + path.name)
+        if path.name not in named:
+            doomed = path.with_name(DOOMED + path.name)
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
@@ -225,12 +244,24 @@ def load(path: str | Path, *, best: bool = False) -> tuple[GPTModel, Tokenizer |
     Raises:
         ValueError: nothing that can be loaded, or it is damaged; the message names it.
     """
-    folder = model_folder(Path(path), best)
-    if (folder / "trainer").exists():
-        check(folder)
-    model = huggingface.load(folder).eval()
-    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
-    return model, Tokenizer.load(folder) if has_tokenizer else None
+    for _ in range(READ_AGAIN):
+        folder = model_folder(Path(path), best)
+        try:
+            if (folder / "trainer").exists():
+                check(folder)
+            model = huggingface.load(folder).eval()
+            tokenizer = Tokenizer.load(folder) if has_tokenizer(folder) else None
+            if folder.exists():
+                return model, tokenizer
+        except (ValueError, OSError):
+            if folder.exists():
+                raise
+    raise ValueError(f"{path} is changing too fast to be read; wait until its training has ended")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies beside a model's weights."""
+    return any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
 
 
 def model_folder(path: Path, best: bool = False) -> Path:

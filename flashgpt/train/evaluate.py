@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -77,5 +77,15 @@ def evaluate(
                 progress(tokens)
     finally:
         model.train(was_training)
+    return _evaluation(nats, tokens, n_bytes)
+
+
+def together(found: Sequence[Evaluation]) -> Evaluation:
+    """The evaluation of several splits as one."""
+    nats = sum(part.loss * part.tokens for part in found)
+    return _evaluation(nats, sum(part.tokens for part in found), sum(part.bytes for part in found))
+
+
+def _evaluation(nats: float, tokens: int, n_bytes: int) -> Evaluation:
     bits = nats / math.log(2)
     return Evaluation(nats / tokens, bits / n_bytes if n_bytes else math.inf, tokens, n_bytes)

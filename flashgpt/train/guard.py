@@ -69,6 +69,10 @@ class Guard:
         """What the loss is multiplied by before the backward pass, 0-d; None for 1."""
         return self._scale if self._scaled else None
 
+    def forget(self) -> None:
+        """Forgets what is usual: the next WINDOW steps are judged by their finiteness alone."""
+        self._accepted = torch.zeros_like(self._accepted)
+
     def set_scale(self, scale: float) -> None:
         """Another loss scale from here on; without effect where the loss is not scaled."""
         if self._scaled:
@@ -124,21 +128,25 @@ class Guard:
             "scale": self._scale,
             "finite_steps": self._finite_steps,
             "in_a_row": torch.tensor(self.in_a_row),
+            "scaled": torch.tensor(self._scaled),
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restores what `state_tensors` gave; nothing of it leaves the guard as it is.
 
-        A run that was stopped by its guard may try again. The scale is that of this run's precision
-        if the other one had none.
+        A run that was stopped by its guard may try again, from another idea of what is usual. The
+        scale is the first one if the run before had none.
         """
         if not tensors:
             return
         device = self._device
         self._history_2W = tensors["history"].to(device, copy=True)
         self._accepted = tensors["accepted"].to(device, copy=True)
-        if self._scaled and tensors["scale"] > 1:
+        if self._scaled and tensors["scaled"]:
             self._scale = tensors["scale"].to(device, copy=True)
             self._finite_steps = tensors["finite_steps"].to(device, copy=True)
         count = int(tensors["in_a_row"])
-        self.in_a_row = 0 if count >= LIMIT_IN_A_ROW else count
+        self.in_a_row = count
+        if count >= LIMIT_IN_A_ROW:
+            self.in_a_row = 0
+            self.forget()

@@ -84,7 +84,8 @@ class Incident:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(getattr(error, "errno", None), f"{final}: {error}") from error
-        for old in sorted(final.parent.glob("step_*"))[:-KEEP_WEIGHTS]:
+        by_age = sorted(final.parent.glob("step_*"), key=lambda path: path.stat().st_mtime_ns)
+        for old in by_age[:-KEEP_WEIGHTS]:
             (old / "model.safetensors").unlink(missing_ok=True)
         return final
 

@@ -15,17 +15,21 @@ from flashgpt.tokenizer import Tokenizer
 from flashgpt.train import checkpoint
 
 
-def with_tokenizer(run: RunConfig) -> RunConfig:
-    """The config with the tokenizer that the weights of `model.init_from` know.
+def pinned(run: RunConfig, out: Path) -> RunConfig:
+    """The config of a run that starts from weights, so that it can be repeated and gone on with.
+
+    `model.init_from` becomes the very checkpoint that is the newest good one now, and the tokenizer
+    that it knows a copy in the run's folder `out`, which needs nothing of another run then.
 
     Raises:
-        ValueError: they come with none and none is named, or another one is named.
+        ValueError: the weights come with no tokenizer and none is named, or another one is named.
     """
     if run.model.init_from is None:
         return run
     folder = checkpoint.model_folder(Path(run.model.init_from))
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, init_from=str(folder)))
     named = run.data.tokenizer != DataConfig.tokenizer
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+    if not checkpoint.has_tokenizer(folder):
         if named:
             return run
         raise ValueError(
@@ -36,9 +40,9 @@ def with_tokenizer(run: RunConfig) -> RunConfig:
         raise ValueError(
             f"data.tokenizer must be that of {folder}, got {run.data.tokenizer}; leave it out"
         )
-    if named:
-        return run
-    return dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=str(folder)))
+    copy = out / "tokenizer"
+    Tokenizer.load(folder).save(copy)
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=str(copy)))
 
 
 def shape(init_from: str) -> GPTConfig:

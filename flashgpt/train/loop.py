@@ -97,7 +97,8 @@ class Run:
         evaluation = None
         self.saver.submit(lambda: self.copies.reserve(self.parts.model.parameters(), COPIES))
         if first >= self.last:
-            self.listener.note(f"step {first} of {self.last} is done; a larger train.steps goes on")
+            key = "steps" if self.train.stop_at is None else "stop_at"
+            self.listener.note(f"step {first} of {self.last} is done; a larger train.{key} goes on")
         for done in self.stepper.completed(self.feed, self.last, self._pause, self._stop):
             self.saver.check()
             if step == first:
@@ -111,7 +112,7 @@ class Run:
                 self.parts.guard.in_a_row = 0
             evaluation = self._look(step, entry)
         if self.saved is None or self.saved.name != checkpoint.name_of(step):
-            self._save(step, None)
+            self._save(step)
         self.saver.wait()
         self.record.plot()
         assert self.saved is not None
@@ -130,8 +131,13 @@ class Run:
         return self.signals.received is not None
 
     def _look(self, step: int, entry: dict[str, Any]) -> Evaluation | None:
-        """Evaluates, logs and saves after so many steps, each where it is due."""
+        """Saves, evaluates and logs after so many steps, each where it is due."""
         train, evaluation, comparable = self.train, None, None
+        # First, so that nothing is lost however long the evaluation takes. Not in a row of bad
+        # steps: the weights are those before it, and a rollback wants older ones.
+        bad_row = self.parts.guard.in_a_row > 0
+        if (_due(step, train.checkpoint_every) and not bad_row) or step >= self.last:
+            self._save(step)
         if _due(step, train.eval_every) or step >= self.last:
             evaluation = comparable = self._evaluate(train.eval_tokens)
         if step >= self.last:
@@ -146,9 +152,25 @@ class Run:
         if _due(step, train.log_every) or evaluation is not None or "skipped" in entry:
             self.record.log(entry)
             self.listener.step(entry)
-        if _due(step, train.checkpoint_every) or step >= self.last:
-            self._save(step, comparable)
+        if comparable is not None and self.saved is not None:
+            self._judge(self.saved, step, comparable.loss)
         return evaluation
+
+    def _judge(self, saved: Path, step: int, loss: float) -> None:
+        """Tells the record how good the checkpoint of this step is, if there is one."""
+        if saved.name != checkpoint.name_of(step):
+            return
+
+        def judge() -> None:
+            self.record.judged(saved.name, loss)
+            self._remove_old()
+
+        self.saver.submit(judge)
+
+    def _remove_old(self) -> None:
+        record = self.record
+        keep = {record.state["best"], record.state["last"]}
+        checkpoint.remove_old(record.folder, self.train.keep_checkpoints, keep)
 
     def _entry(self, done: Done) -> dict[str, Any]:
         """What metrics.jsonl says of a step."""
@@ -184,15 +206,15 @@ class Run:
             return
         guard.release()
         self.record.log(entry)
-        self._save(done.step + 1, None)
+        self._save(done.step + 1)
         self.saver.wait()
         self.record.plot()
         raise TrainingError(
             f"step {done.step + 1}: {entry['skipped']}, the {guard.in_a_row}rd bad step in a row; "
             f"the weights are those before them, in {self.saved}. Look: flashgpt train --replay "
             f"{self.record.folder / incident.FOLDER / incident.name_of(done.step)} "
-            "--model.use-flash False; go on with --resume and a lower --train.lr, or with "
-            "--train.guard rollback"
+            "--model.use-flash False; go on with --resume and a lower --train.lr, with "
+            "--train.guard rollback, or, if this is no fault, with --train.guard-zscore 0"
         )
 
     def _keep(self, done: Done) -> str:
@@ -250,7 +272,7 @@ class Run:
             f"rolled back to the weights of {found.path}; the batches of steps {found.step + 1} to "
             f"{step} are passed over"
         )
-        self._save(step, None)
+        self._save(step)
         return True
 
     def _evaluate(self, max_tokens: int | None) -> Evaluation:
@@ -262,10 +284,14 @@ class Run:
             autocast=self.parts.autocast,
         )
 
-    def _save(self, step: int, evaluation: Evaluation | None) -> None:
+    def _save(self, step: int) -> None:
         """Copies the state, and writes it as the checkpoint of `step` while training goes on."""
+        path = self.record.folder / checkpoint.FOLDER / checkpoint.name_of(step)
+        if path == self.saved:
+            return
         self.saver.wait()
-        parts, record, keep = self.parts, self.record, self.train.keep_checkpoints
+        self.saved = path
+        parts, record = self.parts, self.record
         tensors: dict[str, dict[str, Tensor]] = {
             "weights": dict(parts.model.named_parameters()),
             "optimizer": parts.optimizer.state_tensors(),
@@ -282,16 +308,14 @@ class Run:
             "skipped": list(record.state["skipped"]),
         }
         contents = checkpoint.Contents(parts.model.cfg, parts.tokenizer, state, **copies)
-        loss = None if evaluation is None else evaluation.loss
 
         def write() -> None:
             wait()
-            path = checkpoint.save(record.folder, contents)
-            record.saved(path, loss, receipt)
-            checkpoint.remove_old(record.folder, keep, record.state["best"])
+            checkpoint.save(record.folder, contents)
+            record.saved(path.name, receipt)
+            self._remove_old()
 
         self.saver.submit(write)
-        self.saved = record.folder / checkpoint.FOLDER / checkpoint.name_of(step)
 
 
 def _due(step: int, every: int) -> bool:

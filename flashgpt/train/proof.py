@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -49,14 +50,26 @@ class Comparison:
 
 
 def prove(
-    run: Path, data: TokenData, steps: int, tell: Callable[[str], None] = lambda _: None
+    run: Path,
+    data: TokenData,
+    steps: int,
+    tell: Callable[[str], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> list[Comparison]:
     """Compares `2 steps` steps in one go with twice `steps`, on both settings of the switch.
 
     Args:
         run: its folder. Its newest good checkpoint is where it starts; without one, at step 0.
         tell: hears what is done now.
+        note: hears where it starts, and what was passed over.
     """
+    start = None
+    for found_there in checkpoint.good(run):
+        if isinstance(found_there, checkpoint.Checkpoint):
+            start = found_there
+            break
+        note(f"passed over: {found_there}")
+    note(f"from {start.path}" if start else "from step 0: the run has no good checkpoint")
     found: list[Comparison] = []
     with tempfile.TemporaryDirectory(dir=run, prefix=".proof-") as scratch:
         for use_flash in (True, False):
@@ -64,11 +77,13 @@ def prove(
             model = dataclasses.replace(config.model, use_flash=use_flash)
             config = dataclasses.replace(config, model=model)
             place = Path(scratch) / f"flash-{use_flash}"
-            found += _compare(run, data, config, steps, place, tell)
+            found += _compare(start, run, data, config, steps, place, tell)
+            shutil.rmtree(place)
     return found
 
 
 def _compare(
+    start: checkpoint.Checkpoint | None,
     run: Path,
     data: TokenData,
     config: RunConfig,
@@ -76,8 +91,6 @@ def _compare(
     place: Path,
     tell: Callable[[str], None],
 ) -> list[Comparison]:
-    good = (c for c in checkpoint.good(run) if isinstance(c, checkpoint.Checkpoint))
-    start = next(good, None)
     first = start.step if start else 0
     last = first + 2 * steps
     use_flash = bool(config.model.use_flash)
@@ -85,7 +98,8 @@ def _compare(
     for name, stops in ends.items():
         if start is not None:
             shutil.copytree(start.path, place / name / checkpoint.FOLDER / start.path.name)
-            shutil.copy(run / "state.json", place / name)
+            if (run / "state.json").exists():
+                shutil.copy(run / "state.json", place / name)
         for stop in stops:
             tell(f"use_flash = {use_flash}, {name}: to step {stop}")
             _train(config, data, place / name, stop, last)
@@ -130,10 +144,17 @@ def _log(path: Path, first: int) -> dict[str, Tensor]:
 def _difference(
     use_flash: bool, what: str, one: dict[str, Tensor], other: dict[str, Tensor]
 ) -> Comparison:
-    if one.keys() != other.keys():
-        return Comparison(use_flash, what, 0, float("inf"))
-    largest = 0.0
-    for name, tensor in one.items():
-        if not torch.equal(tensor.nan_to_num(), other[name].nan_to_num()):
-            largest = max(largest, float((tensor.double() - other[name].double()).abs().max()))
+    largest = 0.0 if one.keys() == other.keys() else math.inf
+    for name in one.keys() & other.keys():
+        mine, others = one[name], other[name]
+        if mine.shape != others.shape or mine.dtype != others.dtype:
+            largest = math.inf
+        elif not torch.equal(_bits(mine), _bits(others)):
+            apart = float((mine.double() - others.double()).abs().max())
+            largest = max(largest, math.inf if math.isnan(apart) else apart)
     return Comparison(use_flash, what, sum(tensor.numel() for tensor in one.values()), largest)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor: equal for two NaN of the same kind, and for nothing that differs."""
+    return tensor.reshape(-1).contiguous().view(torch.uint8)

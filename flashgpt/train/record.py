@@ -58,9 +58,10 @@ class Record:
             for line in self._metrics_path.read_text(encoding="utf-8").splitlines():
                 try:
                     entry = json.loads(line)
-                except ValueError:
+                    past = entry["step"] > step
+                except (ValueError, TypeError, KeyError):
                     break
-                if entry["step"] > step:
+                if past:
                     break
                 kept.append(entry)
         self.metrics = kept
@@ -71,6 +72,8 @@ class Record:
                 self.state |= checkpoint.read_state(self.folder)
             except ValueError as error:  # the checkpoint is good: go on, and choose the best anew
                 logging.getLogger(__name__).warning("%s; the best checkpoint starts anew", error)
+            if (self.state["best"] or "") > checkpoint.name_of(step):  # it is not on this way
+                self.state |= {"best": None, "best_val_loss": None}
 
     def write_config(self, config: RunConfig) -> None:
         """Writes config.toml, unless the same one lies there."""
@@ -87,12 +90,19 @@ class Record:
         ):
             file.write(json.dumps(entry) + "\n")
 
-    def saved(self, path: Path, val_loss: float | None, receipt: list[str]) -> None:
-        """Notes the checkpoint just written, and whether it is the best one so far."""
+    def saved(self, name: str, receipt: list[str]) -> None:
+        """Notes the checkpoint just written."""
+        self.state |= {"last": name, "receipt": receipt, "versions": versions()}
+        self._write_state()
+
+    def judged(self, name: str, val_loss: float) -> None:
+        """Notes whether a checkpoint is the best one so far."""
         best = self.state["best_val_loss"]
-        self.state |= {"last": path.name, "receipt": receipt, "versions": versions()}
-        if val_loss is not None and (best is None or val_loss < best):
-            self.state |= {"best": path.name, "best_val_loss": val_loss}
+        if best is None or val_loss < best:
+            self.state |= {"best": name, "best_val_loss": val_loss}
+            self._write_state()
+
+    def _write_state(self) -> None:
         path = self.folder / "state.json"
         with _naming(path):
             checkpoint.write_json(path, self.state)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flashgpt.data.shards import TokenData
+from flashgpt.interop.huggingface import read_config
 from flashgpt.runconfig import TrainConfig
 from flashgpt.train import checkpoint, runtime
 from flashgpt.train.parts import Parts
@@ -52,24 +53,33 @@ def go_on(
                 f"{found.path} was trained on other text or with another tokenizer than "
                 f"{data.folder}; restore the text, or start anew with another --out"
             )
-        changes = _changes(found, parts.config)
+        changes = _changes(found, parts)
         checkpoint.load_into(found, parts)
+        if changes:
+            parts.guard.forget()  # what is usual may be something else from here on
+        checkpoint.set_aside(out, found.step)
         note(f"goes on from {found.path}")
         for change in changes:
             note(change)
         return found
+    checkpoint.set_aside(out, 0)
     note(f"no good checkpoint in {out}: starts at step 0")
     return None
 
 
-def _changes(found: checkpoint.Checkpoint, config: TrainConfig) -> list[str]:
+def _changes(found: checkpoint.Checkpoint, parts: Parts) -> list[str]:
     """One line per setting that a resumed run changes for its steps to come.
 
     Raises:
         ValueError: a setting of FIXED differs; it is named.
     """
-    changes = []
-    now = dataclasses.asdict(config)
+    there, here = read_config(found.path).to_dict(), parts.model.cfg.to_dict()
+    changes = [
+        f"model.{name} is {here[name]} from here on, was {there[name]}"
+        for name in checkpoint.MAY_DIFFER
+        if here[name] != there[name]
+    ]
+    now = dataclasses.asdict(parts.config)
     for name, before in found.state.get("train", {}).items():  # older checkpoints hold none
         if name in FREE or name not in now or now[name] == before:
             continue

@@ -19,6 +19,10 @@ from flashgpt.runconfig import TrainConfig
 
 # On a CPU the compiler takes about a minute and wins about a third of a step.
 COMPILE_REPAYS_FLOP = 2e15
+# Ctrl-C, a polite end, and a terminal that is closed (which Windows does not tell).
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 
 
 def device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -125,7 +129,7 @@ def _cannot_compile(device: torch.device) -> str | None:
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM are noted instead of ending the process.
+    """While entered, SIGINT, SIGTERM and SIGHUP are noted instead of ending the process.
 
     A second SIGINT raises KeyboardInterrupt at once.
     """
@@ -135,7 +139,9 @@ class StopSignals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup, or a script's background job: whoever started it said so
             with contextlib.suppress(
                 ValueError
             ):  # not in the main thread: signals stay as they are

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Self
 
@@ -13,37 +15,35 @@ Parts = dict[str, dict[str, Tensor]]  # tensors by part of the state and name
 
 
 class Saver:
-    """Runs one job at a time in a thread of its own.
+    """Runs jobs one after another in a thread of its own.
 
-    What a job raises comes up in the main thread: in `check`, in `submit`, or in `wait`.
+    What a job raises comes up in the main thread, in `check` or in `wait`.
     """
 
     def __init__(self) -> None:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "flashgpt-saver")
-        self._job: concurrent.futures.Future[None] | None = None
+        self._jobs: collections.deque[concurrent.futures.Future[None]] = collections.deque()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """A job that has begun is finished: half a checkpoint is of no use."""
+        """What was submitted is finished: half a checkpoint is of no use."""
         self._thread.shutdown()
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Starts a job, once the one before is done."""
-        self.wait()
-        self._job = self._thread.submit(job)
+        """Starts a job, once those before are done."""
+        self._jobs.append(self._thread.submit(job))
 
     def check(self) -> None:
         """Raises what a finished job raised; does not wait."""
-        if self._job is not None and self._job.done():
-            self.wait()
+        while self._jobs and self._jobs[0].done():
+            self._jobs.popleft().result()
 
     def wait(self) -> None:
-        """Waits for the job, and raises what it raised."""
-        job, self._job = self._job, None
-        if job is not None:
-            job.result()
+        """Waits for all jobs, and raises what one raised."""
+        while self._jobs:
+            self._jobs.popleft().result()
 
 
 class HostCopies:
@@ -61,12 +61,13 @@ class HostCopies:
 
         Pinning a gigabyte takes about a second; in another thread nobody waits for it.
         """
-        kept = [
-            torch.empty_like(tensor, device="cpu", pin_memory=True)
-            for tensor in tensors
-            for _ in range(times if tensor.is_cuda else 0)
-        ]
-        del kept
+        with contextlib.suppress(RuntimeError):  # what cannot be had now is asked for again later
+            kept = [
+                torch.empty_like(tensor, device="cpu", pin_memory=True)
+                for tensor in tensors
+                for _ in range(times if tensor.is_cuda else 0)
+            ]
+            del kept
 
     def take(self, parts: Parts) -> tuple[Parts, Callable[[], None]]:
         """The copies, and a call that waits until they are complete.

@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 
 from flashgpt.attention import kernels
-from flashgpt.data.batches import Batches
+from flashgpt.data.batches import Batches, eval_windows
 from flashgpt.data.shards import TokenData
 from flashgpt.locks import BusyError, alone
 from flashgpt.model.gpt2 import GPTModel
@@ -74,6 +74,7 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         try:
             with alone(out):
+                check_start(self.parts.config, out, resume)  # another process may just have ended
                 return self._fit(data, batches, out, run, resume, listener)
         except BusyError as error:
             raise ValueError(
@@ -134,6 +135,7 @@ class Trainer:
 
     def _batches(self, data: TokenData) -> Batches:
         config, context = self.parts.config, self.parts.model.cfg.context_length
+        eval_windows(data.val, context, 1)  # refuses now what could not be evaluated at the end
         return Batches(data.train, context, self.parts.rows, config.seed)
 
     def _feed(self, batches: Batches) -> Feed:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -51,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     from flashgpt.runconfig import DataConfig
     from flashgpt.toml import load_toml
     from flashgpt.train.checkpoint import load
-    from flashgpt.train.evaluate import evaluate
+    from flashgpt.train.evaluate import evaluate, together
     from flashgpt.train.runtime import device
 
     model, tokenizer = load(args.model, best=args.best)
@@ -75,18 +74,13 @@ def main(argv: Sequence[str]) -> int:
                 f"{args.model} was trained with another tokenizer than {config.source}"
             )
         splits = [data.train, data.val] if args.source else [data.val]
-        found = [evaluate(model, split, tokenizer.byte_lengths) for split in splits]
-    tokens, n_bytes = sum(e.tokens for e in found), sum(e.bytes for e in found)
-    loss = sum(e.loss * e.tokens for e in found) / tokens
-    bits = loss * tokens / math.log(2) / n_bytes
-    perplexity = math.exp(min(loss, 700.0))
-    result = {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits}
-    result |= {"tokens": tokens, "bytes": n_bytes}
+        found = together([evaluate(model, part, tokenizer.byte_lengths) for part in splits])
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps({**dataclasses.asdict(found), "perplexity": found.perplexity}))
     else:
         print(
-            f"loss {loss:.4f} nats per token, perplexity {perplexity:,.2f}, "
-            f"{bits:.4f} bits per byte ({tokens:,} tokens, {n_bytes:,} bytes)"
+            f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:,.2f}, "
+            f"{found.bits_per_byte:.4f} bits per byte ({found.tokens:,} tokens, "
+            f"{found.bytes:,} bytes)"
         )
     return 0

@@ -55,11 +55,16 @@ def read(argv: Sequence[str]) -> Args:
     incident. A preset on the command line replaces the whole model section of the file.
     """
     argv = list(argv)
-    base = RunConfig()
+    base, has_checkpoints = RunConfig(), False
     if argv and not argv[0].startswith("-"):
         base = _load(argv.pop(0))
     elif "--resume" in argv:
-        found = Path(parse(Args, "train", argv, __doc__).out) / "config.toml"
+        folder = Path(parse(Args, "train", argv, __doc__).out)
+        found, has_checkpoints = folder / "config.toml", any(folder.glob("checkpoints/step_*"))
+        if has_checkpoints and not found.exists():
+            raise UsageError(
+                f"{found} is missing; name the TOML file to go on with before --resume"
+            )
         if found.exists():
             base = load_toml(found)
             # Where the run was to stop that time; now it goes on.
@@ -72,7 +77,12 @@ def read(argv: Sequence[str]) -> Args:
         # The file's other model keys belong to its own preset.
         base = dataclasses.replace(base, model=ModelConfig())
     default = Args(model=base.model, data=base.data, train=base.train, sample=base.sample)
-    return parse(Args, "train", argv, __doc__, default)
+    args = parse(Args, "train", argv, __doc__, default)
+    if args.resume and has_checkpoints and args.model.init_from != base.model.init_from:
+        raise UsageError(
+            "--model.init-from is for a new run; this one goes on from its own checkpoints"
+        )
+    return args
 
 
 def _load(name: str) -> RunConfig:
@@ -100,14 +110,15 @@ def main(argv: Sequence[str]) -> int:
     from flashgpt import orchestrator
     from flashgpt.data.prepare import prepare
     from flashgpt.data.shards import TokenData
-    from flashgpt.train.initial import with_tokenizer
+    from flashgpt.train.checkpoint import steps
+    from flashgpt.train.initial import pinned
     from flashgpt.train.resume import check_start
     from flashgpt.verbs.console import console, counting, training
 
     out, folder, config = console(), Path(args.out), args.run
     check_start(config.train, folder, args.resume)
-    if not args.resume:
-        config = with_tokenizer(config)
+    if not (args.resume and steps(folder)):  # what goes on has its weights and its tokenizer
+        config = pinned(config, folder)
     with counting(out) as progress:
         data = TokenData.open(prepare(config.data, progress=progress))
     out.print(data.describe())

@@ -45,7 +45,9 @@ class Args:
         str | None, Doc("audit this run or GPT-2 folder; a small random model when left out")
     ] = None
     run: Annotated[str | None, Doc("prove that this run resumes bit for bit, and stop")] = None
-    steps: Annotated[int, Doc("with --run: N of N + N steps against 2 N")] = 3
+    steps: Annotated[
+        int | None, Doc("with --run: N of N + N steps against 2 N; 3 when left out")
+    ] = None
     full: Annotated[bool, Flag, Doc("every size and shape of the grid (minutes, not seconds)")] = (
         False
     )
@@ -66,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
     out = console(stderr=args.json)
     if args.run:
         return _prove(out, Path(args.run), args)
+    if args.steps is not None:
+        raise UsageError("--steps is for --run; name a run, or leave it out")
     if args.checkpoint:
         model, _ = load(args.checkpoint)
     else:
@@ -87,13 +91,16 @@ def _prove(out: Console, run: Path, args: Args) -> int:
     from flashgpt.train.proof import prove
     from flashgpt.verbs.console import table
 
-    if args.steps < 1:
-        raise UsageError(f"--steps must be at least 1, got {args.steps}")
+    steps = 3 if args.steps is None else args.steps
+    if steps < 1:
+        raise UsageError(f"--steps must be at least 1, got {steps}")
+    if args.checkpoint or args.full:
+        raise UsageError("--run stands alone; leave --checkpoint and --full out")
     if not (run / "config.toml").exists():
         raise ValueError(f"{run} is no run: it has no config.toml")
     data = TokenData.open(prepare(load_toml(run / "config.toml").data))
     with out.status("proving") as status:
-        found = prove(run, data, args.steps, lambda text: status.update(f"proving {text}"))
+        found = prove(run, data, steps, lambda text: status.update(f"proving {text}"), out.print)
     rows = [
         (
             f"use_flash = {row.use_flash}: {row.what}",
@@ -102,7 +109,7 @@ def _prove(out: Console, run: Path, args: Args) -> int:
         )
         for row in found
     ]
-    title = f"{args.steps} + {args.steps} steps against {2 * args.steps}"
+    title = f"{steps} + {steps} steps against {2 * steps}"
     out.print(table(title, ("", "numbers", ""), rows))
     passed = all(row.passed for row in found)
     if passed:

@@ -34,6 +34,8 @@ def test_the_count_is_that_of_torch(tied: bool) -> None:
         ("NVIDIA A100-SXM4-40GB", 311.9e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("Another Card", None),
     ],
 )

@@ -121,6 +121,45 @@ def test_resume_passes_over_damage_and_repeats_the_run(
     assert copied.metrics == trained.metrics
 
 
+def test_a_damaged_newest_checkpoint_costs_no_good_one(
+    copied: Any, flip: Flip, cli: Callable[..., Any]
+) -> None:
+    """Were it counted among the newest, those saved on the way would be removed at once."""
+    damaged = copied.checkpoints[-1]
+    flip(damaged / "model.safetensors", 5000)
+    again = ("train", "--resume", "--out", copied.folder, "--train.keep-checkpoints", 1)
+    cli(*again, "--train.checkpoint-every", 1, "--train.stop-at", 10).done()
+    assert [path.name for path in copied.checkpoints][-1] == "step_00000010"
+    assert all(isinstance(found, checkpoint.Checkpoint) for found in good(copied.folder))
+    assert damaged.with_name(f".damaged-{damaged.name}").exists()
+
+
+def test_a_kill_between_two_names_loses_no_checkpoint(
+    copied: Any, trained: Any, cli: Callable[..., Any]
+) -> None:
+    newest = copied.checkpoints[-1]
+    newest.rename(newest.with_name(f".saving-old-{newest.name}"))
+    assert f"goes on from {newest}" in cli("train", "--resume", "--out", copied.folder).done()
+    assert copied.same_as(trained)
+
+
+def test_a_reader_chooses_again_when_training_removes_what_it_reads(
+    copied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = checkpoint.huggingface.load
+
+    def removed(folder: Path) -> Any:
+        if folder == copied.checkpoints[-1] and len(copied.checkpoints) == 3:
+            shutil.rmtree(folder)
+        return read(folder)
+
+    monkeypatch.setattr(checkpoint.huggingface, "load", removed)
+    model, tokenizer = load(copied.folder)
+    stored = checkpoint.load_file(copied.checkpoints[-1] / "model.safetensors")
+    assert torch.equal(model.wte.weight, stored["transformer.wte.weight"]) and tokenizer is not None
+    assert len(copied.checkpoints) == 2
+
+
 def test_a_run_without_a_good_checkpoint_says_what_is_wrong(
     copied: Any, flip: Flip, cli: Callable[..., Any]
 ) -> None:

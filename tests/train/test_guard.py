@@ -110,6 +110,11 @@ def test_the_state_goes_from_one_guard_to_the_next() -> None:
     stopped = {**again, "in_a_row": torch.tensor(guard.LIMIT_IN_A_ROW)}
     second.load_state_tensors(stopped)
     assert second.in_a_row == 0  # a run that the guard ended may try again
+    assert int(second.state_tensors()["accepted"]) == 0
+    second.load_state_tensors(again)
+    first.set_scale(1)
+    second.load_state_tensors(first.state_tensors())
+    assert float(second.loss_scale) == 1  # type: ignore[arg-type]
     fp32 = Guard(CPU, 8, scaled=False)
     fp32.load_state_tensors(again)
     assert fp32.loss_scale is None
@@ -244,6 +249,38 @@ def test_without_an_earlier_checkpoint_a_rollback_is_the_end(
     poison({0: math.nan, 1: math.nan, 2: math.nan})
     command = ("train", *options, "--out", tmp_path / "run", "--train.guard", "rollback")
     assert "step 3: loss is nan, the 3rd bad step" in cli(*command).error(1)
+
+
+def test_no_checkpoint_falls_into_a_row_of_bad_steps(
+    tmp_path: Path, train: Callable[..., Any], poison: Callable[..., Any]
+) -> None:
+    """One that replaced the last good one would hold weights that a rollback wants to leave."""
+    poison({6: math.nan, 7: math.nan, 8: math.nan})
+    few = ("--train.keep-checkpoints", 1, "--train.eval-every", 0)
+    run = train(tmp_path / "run", "--train.guard", "rollback", *few)
+    assert json.loads((run.folder / "state.json").read_text())["skipped"] == [[4, 9]]
+
+
+def test_three_rollbacks_are_the_most(
+    tmp_path: Path, cli: Cli, options: list[str], poison: Callable[..., Any]
+) -> None:
+    poison(dict.fromkeys([*range(5, 8), *range(9, 12), *range(13, 16), *range(17, 20)], math.nan))
+    command = ("train", *options, "--out", tmp_path / "run", "--train.guard", "rollback")
+    assert "step 20: loss is nan" in cli(*command, "--train.steps", 30).error(1)
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert [end for _, end in state["skipped"]] == [8, 12, 16]
+
+
+def test_a_run_with_another_dropout_has_another_idea_of_what_is_usual(
+    tmp_path: Path, train: Callable[..., Any], cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "WINDOW", 4)
+    monkeypatch.setattr(guard, "SPREAD", (1e-3, 1e-3))
+    run = train(tmp_path / "run", "--train.guard-zscore", 0)
+    command = ("train", "--resume", "--out", run.folder, "--train.steps", 14)
+    shown = cli(*command, "--model.drop-rate", 0.9, "--train.guard-zscore", 8).done()
+    assert "model.drop_rate is 0.9 from here on, was 0.1" in shown
+    assert not any("skipped" in entry for entry in run.metrics)
 
 
 def test_a_spike_is_left_out_unless_the_guard_looks_at_finiteness_only(

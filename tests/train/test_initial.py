@@ -56,7 +56,7 @@ def test_a_run_is_fine_tuned_with_its_own_shape_and_tokenizer(
 ) -> None:
     """A rate of almost nothing leaves the weights where they were."""
     shown = tune(trained.folder, "--train.lr", 1e-12, "--train.weight-decay", 0).done()
-    assert f"starts from the weights of {trained.folder}" in shown
+    assert f"starts from the weights of {trained.checkpoints[-1]}" in shown
     tuned = type(trained)(tmp_path / "tuned")
     before, after = trained.tensors(), tuned.tensors()
     for name in before:
@@ -65,8 +65,10 @@ def test_a_run_is_fine_tuned_with_its_own_shape_and_tokenizer(
     # The validation loss of the first evaluation is that of the run's end.
     assert tuned.metrics[-1]["val_loss"] == pytest.approx(trained.metrics[-1]["val_loss"], abs=1e-6)
     config = load_toml(tuned.folder / "config.toml")
-    assert config.model.emb_dim == 32 and config.model.init_from == str(trained.folder)
-    assert config.data.tokenizer == str(trained.checkpoints[-1])
+    assert config.model.emb_dim == 32
+    # That very checkpoint, whatever the run it is of does later, and a tokenizer of its own.
+    assert config.model.init_from == str(trained.checkpoints[-1])
+    assert config.data.tokenizer == str(tuned.folder / "tokenizer")
 
 
 def test_fine_tuning_starts_where_transformers_ends(
@@ -102,15 +104,15 @@ def test_a_shorter_context_keeps_the_first_positions(
 def test_the_start_is_needed_once(
     trained: Any, tune: Callable[..., Any], tmp_path: Path, cli: Cli
 ) -> None:
-    """A stopped run has its own weights; where it came from may be gone, the tokenizer apart."""
+    """A stopped run has weights and a tokenizer of its own; where it came from may be gone."""
     source = tmp_path / "source"
     shutil.copytree(trained.folder, source)
     whole = tune(source, "--out", tmp_path / "whole").done()
     assert "starts from the weights" in whole
     tune(source, "--train.stop-at", 2).done()
-    for path in source.rglob("*.safetensors"):
-        path.unlink()
+    shutil.rmtree(source)
     shown = cli("train", "--resume", "--out", tmp_path / "tuned").done()
+    assert cli("evaluate", tmp_path / "tuned").status == 0
     assert "starts from the weights" not in shown
     assert type(trained)(tmp_path / "tuned").same_as(type(trained)(tmp_path / "whole"))
 
@@ -160,3 +162,25 @@ def test_a_start_that_is_none_is_refused(
         place.mkdir()
     assert str(place) in tune(place).error(1)
     assert not (tmp_path / "tuned").exists()
+
+
+def test_a_run_that_always_resumes_starts_from_the_weights_and_their_tokenizer(
+    trained: Any, tune: Callable[..., Any], tmp_path: Path
+) -> None:
+    shown = tune(trained.folder, "--resume", "--train.stop-at", 2).done()
+    assert "starts from the weights" in shown
+    again = tune(trained.checkpoints[-1], "--resume").done()
+    assert "goes on from" in again and "starts from the weights" not in again
+    refused = tune(tmp_path / "elsewhere", "--resume").error(2)
+    assert "--model.init-from is for a new run" in refused
+
+
+def test_the_config_repeats_a_fine_tuned_run(
+    copied: Any, tune: Callable[..., Any], tmp_path: Path, cli: Cli
+) -> None:
+    """Even when its source has been trained further since."""
+    tune(copied.folder).done()
+    cli("train", "--resume", "--out", copied.folder, "--train.steps", 16).done()
+    again = tmp_path / "again"
+    cli("train", tmp_path / "tuned" / "config.toml", "--out", again).done()
+    assert type(copied)(again).same_as(type(copied)(tmp_path / "tuned"))

@@ -46,7 +46,7 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_one(
     remove = checkpoint.shutil.rmtree
 
     def killed(path: Path, **options: Any) -> None:
-        if "old-step" in str(path) and Path(path).exists():
+        if "doomed-step" in str(path) and Path(path).exists():
             (path / "config.json").unlink()
             raise KeyboardInterrupt
         remove(path, **options)
@@ -110,7 +110,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_leaves_and_the_run_goes_on(
     tmp_path: Path, cli: Cli, options: list[str], trained: Any, number: signal.Signals
 ) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flashgpt.train import step
 from flashgpt.train.guard import Guard
 from flashgpt.train.optimizer import Optimizer
+from flashgpt.train.proof import _difference
 from flashgpt.train.step import dropout_seed
 
 Cli = Callable[..., Any]
@@ -67,7 +69,32 @@ def test_what_is_not_restored_is_named(
         assert {"weights", "optimizer"} <= wrong
 
 
+def test_a_difference_beside_a_nan_is_seen() -> None:
+    nan = float("nan")
+    one = {"x": torch.tensor([[1, nan], [2, 3]])}
+    assert _difference(True, "x", one, {"x": one["x"].clone()}).passed
+    for other in (
+        torch.tensor([[1, nan], [9, 3]]),
+        torch.tensor([[1, 0.0], [2, 3]]),
+        torch.tensor([[1, nan], [2, 3], [4, 5]]),
+        torch.tensor([[1, nan], [2, 3]], dtype=torch.float64),
+    ):
+        assert not _difference(True, "x", one, {"x": other}).passed
+    assert not _difference(True, "x", one, {}).passed
+
+
+def test_it_says_what_it_passed_over_and_starts_from(copied: Any, cli: Cli, flip: Any) -> None:
+    flip(copied.checkpoints[-1] / "model.safetensors", 5000)
+    (copied.folder / "state.json").unlink()
+    shown = cli("verify", "--run", copied.folder).done()
+    assert f"passed over: {copied.checkpoints[-1]}" in shown
+    assert f"from {copied.checkpoints[-2]}" in shown
+
+
 def test_bad_use_is_refused(cli: Cli, tmp_path: Path, copied: Any) -> None:
     assert f"{tmp_path} is no run" in cli("verify", "--run", tmp_path).error(1)
     refused = cli("verify", "--run", copied.folder, "--steps", 0).error(2)
     assert "--steps must be at least 1, got 0" in refused
+    refused = cli("verify", "--run", copied.folder, "--full").error(2)
+    assert "--run stands alone" in refused
+    assert "--steps is for --run" in cli("verify", "--steps", 2).error(2)

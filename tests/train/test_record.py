@@ -86,13 +86,29 @@ def test_a_start_at_0_begins_anew(tmp_path: Path) -> None:
 def test_the_best_is_the_lowest_validation_loss(tmp_path: Path) -> None:
     record = _logged(tmp_path, 0)
     for step, loss in ((1, 2.0), (2, None), (3, 1.5), (4, 1.7)):
-        record.saved(tmp_path / f"step_{step}", loss, [])
+        record.saved(f"step_{step:08d}", [])
+        if loss is not None:
+            record.judged(f"step_{step:08d}", loss)
     state = json.loads((tmp_path / "state.json").read_text())
-    assert (state["last"], state["best"], state["best_val_loss"]) == ("step_4", "step_3", 1.5)
+    assert (state["last"], state["best_val_loss"]) == ("step_00000004", 1.5)
+    assert state["best"] == "step_00000003"
     again = Record(tmp_path)
     again.start(RUN, 4)
-    again.saved(tmp_path / "step_5", 1.6, [])  # worse than the best before the resume
-    assert json.loads((tmp_path / "state.json").read_text())["best"] == "step_3"
+    again.judged("step_00000005", 1.6)  # worse than the best before the resume
+    assert json.loads((tmp_path / "state.json").read_text())["best"] == "step_00000003"
+    again.start(RUN, 2)  # from before the best one, which is of another way then
+    again.judged("step_00000003", 1.7)
+    assert json.loads((tmp_path / "state.json").read_text())["best_val_loss"] == 1.7
+
+
+@pytest.mark.parametrize("line", ["3", "[]", "null", '{"loss": 1}', '{"step": "a"}', '{"step'])
+def test_a_line_of_the_log_that_is_none_ends_what_is_kept(line: str, tmp_path: Path) -> None:
+    _logged(tmp_path, 3)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    record = Record(tmp_path)
+    record.start(RUN, 5)
+    assert _steps(tmp_path) == [1, 2, 3]
 
 
 def test_a_damaged_state_is_named_and_blocks_nothing(
