@@ -84,9 +84,10 @@ class Incident:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(getattr(error, "errno", None), f"{final}: {error}") from error
-        by_age = sorted(final.parent.glob("step_*"), key=lambda path: path.stat().st_mtime_ns)
+        weights = final.parent.glob("step_*/model.safetensors")
+        by_age = sorted(weights, key=lambda path: path.stat().st_mtime_ns)
         for old in by_age[:-KEEP_WEIGHTS]:
-            (old / "model.safetensors").unlink(missing_ok=True)
+            old.unlink()
         return final
 
     def _json(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,19 @@ def test_only_the_newest_incidents_keep_their_weights(
     assert [(path / "model.safetensors").exists() for path in folders] == [False, True, True]
     refused = cli("train", "--replay", folders[0]).error(1)
     assert f"{folders[0]} has no weights any more" in refused
+
+
+def test_a_new_incident_keeps_its_weights_beside_old_ones_of_later_steps(
+    tmp_path: Path, run: RunConfig, data: TokenData
+) -> None:
+    for step in (50, 60, 70):
+        old = tmp_path / "run" / "incidents" / f"step_{step:08d}"
+        old.mkdir(parents=True)
+        (old / "model.safetensors").touch()
+        os.utime(old / "model.safetensors", (step, step))
+    run_into_nan(run, data, tmp_path / "run", overflow)
+    kept = {path.parent.name for path in (tmp_path / "run").rglob("incidents/*/model.safetensors")}
+    assert kept == {f"step_{step:08d}" for step in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("damage", ["no folder", "no json", "half a json", "no batch", "a run"])

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from flashgpt.train import checkpoint
+from flashgpt.train import checkpoint, loop
 
 Cli = Callable[..., Any]
 
@@ -134,6 +134,24 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(
     cli(*resume.split()[1:]).done()
     assert stopped.same_as(trained)
     assert stopped.metrics == trained.metrics
+
+
+def test_the_last_step_is_saved_before_it_is_evaluated(
+    tmp_path: Path, cli: Cli, options: list[str], trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that takes, and even if it is broken off."""
+    evaluate = loop.evaluate
+
+    def broken_off(*arguments: Any, max_tokens: int | None, **more: Any) -> Any:
+        if max_tokens is None:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, max_tokens=max_tokens, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", broken_off)
+        assert cli("train", *options, "--out", tmp_path / "run").status == 130
+    run = type(trained)(tmp_path / "run")
+    assert run.checkpoints[-1].name == "step_00000012" and run.same_as(trained)
 
 
 class Killed(BaseException):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -145,3 +146,16 @@ def test_the_config_reaches_the_attention_kernels(
     receipt = json.loads((run.folder / "state.json").read_text())["receipt"]
     assert any(line.split(" (")[0].endswith("gradient, deterministic") for line in receipt)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_signal_that_was_ignored_before_stays_ignored() -> None:
+    """As under nohup, or in a script's background job."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with runtime.StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.received == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGHUP, before)

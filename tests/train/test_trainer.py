@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,3 +36,14 @@ def test_after_training_every_forward_draws_anew(
     model = system.model.train()
     ids = torch.arange(16)[None]
     assert not torch.equal(model(ids), model(ids))
+
+
+def test_what_cannot_be_evaluated_at_the_end_is_refused_at_the_start(
+    tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    np.arange(2000, dtype=np.uint16).clip(max=256).tofile(tmp_path / "train.bin")
+    np.zeros(1, np.uint16).tofile(tmp_path / "val.bin")
+    command = ("train", "--data.source", tmp_path / "train.bin", "--data.tokenizer", "bytes")
+    places = ("--data.cache", tmp_path / "cache", "--out", tmp_path / "run")
+    assert "validation must have at least 2 tokens" in cli(*command, *places).error(1)
+    assert not (tmp_path / "run").exists()
