@@ -36,11 +36,11 @@ def test_the_comparison_sees_one_bit_and_a_missing_line(
 
 
 def test_a_flip_that_is_not_found_is_a_fault(copied: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    digest = checkpoint._digest
+    digest = checkpoint.file_digest
     weights = copied.checkpoints[-1] / "model.safetensors"
     stale = digest(weights)
     monkeypatch.setattr(
-        checkpoint, "_digest", lambda path: stale if path == weights else digest(path)
+        checkpoint, "file_digest", lambda path: stale if path == weights else digest(path)
     )
     with pytest.raises(faults.Fault, match=r"of model.safetensors .* is found"):
         faults.flips(copied.checkpoints[-1], 20, random.Random(0))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashgpt.config import GPTConfig
+from flashgpt.data.shards import file_digest
 from flashgpt.interop import huggingface
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.tokenizer import Tokenizer
@@ -211,7 +211,7 @@ def check(path: Path) -> Checkpoint:
         raise DamagedError(f"{listed} is damaged: it is not as it was written")
     for name, digest in expected.items():
         try:
-            found = _digest(path / name)
+            found = file_digest(path / name)
         except OSError as error:
             raise DamagedError(f"{path / name} cannot be read: {error.strerror}") from error
         if found != digest:
@@ -325,10 +325,15 @@ def load_into(checkpoint: Checkpoint, parts: Parts) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON through a temporary file, so that a reader sees the old or the new one."""
+    """Writes JSON as `write_text` does."""
+    write_text(path, _as_json(value))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes through a temporary file, so that a reader sees the old text or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(_as_json(value), encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _as_json(value: Any) -> str:
@@ -347,12 +352,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
 
 def _flush(path: Path) -> None:

@@ -66,7 +66,7 @@ class Record:
                 kept.append(entry)
         self.metrics = kept
         text = "".join(json.dumps(entry) + "\n" for entry in kept)
-        _replace_text(self._metrics_path, text)
+        checkpoint.write_text(self._metrics_path, text)
         if step:
             try:
                 self.state |= checkpoint.read_state(self.folder)
@@ -79,7 +79,7 @@ class Record:
         """Writes config.toml, unless the same one lies there."""
         path = self.folder / "config.toml"
         if not path.exists() or load_toml(path) != config:
-            _replace_text(path, to_toml(config))
+            checkpoint.write_text(path, to_toml(config))
 
     def log(self, entry: dict[str, Any]) -> None:
         """Appends one object to metrics.jsonl."""
@@ -157,9 +157,3 @@ def _revision(package: Path) -> str | None:
         return None  # not tracked: a package may lie in somebody's checkout of something else
     dirty = git("status", "--porcelain", "--untracked-files=no", ".").stdout.strip()
     return git("rev-parse", "HEAD").stdout.strip() + ("-dirty" if dirty else "")
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
