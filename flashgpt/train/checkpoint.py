@@ -132,8 +132,8 @@ def check_space(run: Path, n_bytes: int) -> None:
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"no space left on the disk for {run}: a checkpoint takes {needed / 1e6:,.0f} MB, "
-            f"{free / 1e6:,.0f} are free; free some, then go on with --resume",
+            f"no space left on the disk for {run}: a checkpoint takes {needed / 1e6:,.1f} MB, "
+            f"{free / 1e6:,.1f} are free; free some, then go on with --resume",
         )
 
 

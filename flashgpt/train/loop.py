@@ -90,11 +90,13 @@ class Run:
         self.flop = flop_per_token(model)
         self.peak = peak_flop_per_second(device, self.parts.autocast)
 
-    def go(self, start: Path | None) -> Result:
+    def go(self, start: checkpoint.Checkpoint | None) -> Result:
         """Trains to the last step; `start` is the checkpoint that the run goes on from."""
         first = step = self.stepper.next
-        self.saved = start
-        evaluation = None
+        entry = evaluation = None
+        if start is not None:
+            self.saved = start.path
+            evaluation = self._catch_up(start)
         self.saver.submit(lambda: self.copies.reserve(self.parts.model.parameters(), COPIES))
         if first >= self.last:
             key = "steps" if self.train.stop_at is None else "stop_at"
@@ -111,14 +113,20 @@ class Run:
             elif done.verdict == Verdict.ACCEPTED:
                 self.parts.guard.in_a_row = 0
             evaluation = self._look(step, entry)
-        if self.saved is None or self.saved.name != checkpoint.name_of(step):
-            self._save(step)
+        self._save(step, entry)
         self.saver.wait()
         self.record.plot()
         assert self.saved is not None
         if step >= self.last:  # a signal during the last step interrupted nothing
             return Result(step, evaluation, self.saved, None)
         return Result(step, None, self.saved, self.signals.received)
+
+    def _catch_up(self, start: checkpoint.Checkpoint) -> Evaluation | None:
+        """Does what a kill between the saving of a step and its log line left undone."""
+        entry, logged = start.state.get("entry"), self.record.metrics
+        if entry is None or (logged and logged[-1]["step"] == start.step):
+            return None
+        return self._look(start.step, dict(entry))
 
     def _pause(self, step: int) -> bool:
         """Whether the state after so many steps is evaluated or saved."""
@@ -137,7 +145,7 @@ class Run:
         # steps: the weights are those before it, and a rollback wants older ones.
         bad_row = self.parts.guard.in_a_row > 0
         if (_due(step, train.checkpoint_every) and not bad_row) or step >= self.last:
-            self._save(step)
+            self._save(step, entry)
         if _due(step, train.eval_every) or step >= self.last:
             evaluation = comparable = self._evaluate(train.eval_tokens)
         if step >= self.last:
@@ -202,11 +210,11 @@ class Run:
         self.listener.note(f"step {done.step + 1} is left out: {entry['skipped']}{where}")
         if guard.in_a_row < LIMIT_IN_A_ROW:
             return
-        if self.train.guard == "rollback" and self._roll_back(done.step + 1):
+        if self.train.guard == "rollback" and self._roll_back(done.step + 1, entry):
             return
         guard.release()
         self.record.log(entry)
-        self._save(done.step + 1)
+        self._save(done.step + 1, entry)
         self.saver.wait()
         self.record.plot()
         raise TrainingError(
@@ -246,7 +254,7 @@ class Run:
         except OSError as error:  # the run is worth more than its incident
             return f"{text}; no incident was written ({error.strerror or error})"
 
-    def _roll_back(self, step: int) -> bool:
+    def _roll_back(self, step: int, entry: dict[str, Any]) -> bool:
         """Puts the weights of an earlier checkpoint in place; the batches up to `step` are passed.
 
         False if there is none, or after MOST_ROLLBACKS.
@@ -272,7 +280,7 @@ class Run:
             f"rolled back to the weights of {found.path}; the batches of steps {found.step + 1} to "
             f"{step} are passed over"
         )
-        self._save(step)
+        self._save(step, entry)
         return True
 
     def _evaluate(self, max_tokens: int | None) -> Evaluation:
@@ -284,8 +292,11 @@ class Run:
             autocast=self.parts.autocast,
         )
 
-    def _save(self, step: int) -> None:
-        """Copies the state, and writes it as the checkpoint of `step` while training goes on."""
+    def _save(self, step: int, entry: dict[str, Any] | None) -> None:
+        """Copies the state, and writes it as the checkpoint of `step` while training goes on.
+
+        The step's log line, which follows when it has been evaluated, goes with it.
+        """
         path = self.record.folder / checkpoint.FOLDER / checkpoint.name_of(step)
         if path == self.saved:
             return
@@ -306,6 +317,7 @@ class Run:
             "receipt": receipt,
             "train": dataclasses.asdict(self.train),
             "skipped": list(record.state["skipped"]),
+            "entry": None if entry is None else dict(entry),
         }
         contents = checkpoint.Contents(parts.model.cfg, parts.tokenizer, state, **copies)
 

@@ -113,7 +113,7 @@ class Trainer:
             this = Run(
                 self.parts, data, batches, run, record, feed, stepper, saver, signals, listener
             )
-            return this.go(None if found is None else found.path)
+            return this.go(found)
 
     def time_step(self, data: TokenData, seconds: float) -> float:
         """Median seconds per optimizer step, from about `seconds` of training.

@@ -152,6 +152,9 @@ def test_the_last_step_is_saved_before_it_is_evaluated(
         assert cli("train", *options, "--out", tmp_path / "run").status == 130
     run = type(trained)(tmp_path / "run")
     assert run.checkpoints[-1].name == "step_00000012" and run.same_as(trained)
+    assert len(run.metrics) == 11
+    assert "step 12: validation loss" in cli("train", "--resume", "--out", run.folder).done()
+    assert run.metrics == trained.metrics and (run.folder / "samples.txt").exists()
 
 
 class Killed(BaseException):
