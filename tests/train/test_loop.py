@@ -96,7 +96,10 @@ def test_a_bad_prompt_is_refused_before_training(
 
 
 GATED = """
-import sys
+import signal, sys
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # as in a terminal
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from flashgpt.cli import main
 from flashgpt.train.step import Stepper
 launch = Stepper._launch

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,16 @@ def test_a_compiler_that_fails_is_said_and_not_used(monkeypatch: pytest.MonkeyPa
     assert notes == [f"runs without torch.compile: {reason}"]
     with pytest.raises(ValueError, match="g\\+\\+ returned 1"):
         runtime.compiled(model, TrainConfig(compile="on"), notes.append)
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_in_a_terminal() -> Iterator[None]:
+    """Whoever started these tests, in the background perhaps, may have had signals ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
