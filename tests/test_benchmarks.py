@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import math
+import statistics
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -171,3 +172,32 @@ def test_the_trainers_cost_is_measured_against_the_bare_step(
     assert 0 < record["data_share"] < 1 and record["mfu"] is None
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["cost"] == record["cost"]
+
+
+def test_the_chapter_on_training_says_what_the_trainer_cost() -> None:
+    root = Path(overhead.__file__).parents[1]
+    record = json.loads((root / "benchmarks" / "overhead" / "overhead.json").read_text())
+    page = " ".join((root / "docs" / "training.md").read_text().split())
+    bare = sum(record["seconds_per_step"]["bare"]) / 2
+    device = sum(record["device_seconds_per_step"]) / 2
+    first, second = record["seconds_per_step"]["trainer"]
+    assert f"takes {device / bare - 1:.1%}".replace("%", " %") in page
+    assert f"waiting for data {record['data_share']:.1%}".replace("%", " %") in page
+    assert f"took {1e3 * second:.1f} ms a step against {1e3 * bare:.1f} bare" in page
+    assert f"and {1e3 * first:.1f} where it was not" in page
+    pinning = (first - record["device_seconds_per_step"][0]) * record["options"]["steps"]
+    assert f"pinning took {pinning:.1f} s" in page
+
+
+def test_the_chapter_on_training_says_what_muon_won() -> None:
+    root = Path(overhead.__file__).parents[1]
+    record = json.loads((root / "benchmarks" / "optimizers" / "optimizers.json").read_text())
+    page = " ".join((root / "docs" / "training.md").read_text().split())
+    rows = {row["variant"]: row for row in record["variants"]}
+    adamw, three, one = (rows[name] for name in ("adamw", "muon-three", "muon-one"))
+    middle = statistics.median
+    assert f"at step {middle(three['steps_to_adamw']):.0f}, and in" in page
+    seconds = [middle(row["seconds_to_adamw"]) for row in (three, adamw)]
+    assert f"in {seconds[0]:.1f} s instead of {seconds[1]:.1f}" in page
+    losses = [middle(row["final_loss"]) for row in (one, three)]
+    assert f"({losses[0]:.3f} against {losses[1]:.3f})" in page

@@ -53,7 +53,7 @@ class Trainer:
     ) -> Result:
         """Trains from step 0, or from the newest good checkpoint, to the end of the schedule.
 
-        SIGINT and SIGTERM end it after the step in hand, with a checkpoint.
+        SIGINT, SIGTERM and SIGHUP end it after the step in hand, with a checkpoint.
 
         Args:
             data: the prepared tokens.
