@@ -20,14 +20,14 @@ Legend: B batch, T query positions, S key positions, N heads, D features.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 MASK32 = 0xFFFFFFFF
 HALF = 2**31
-ATTENTION_ROWS, ATTENTION_COLUMNS = 0, 1
+ATTENTION = 0  # third counter word of its row keys; column keys are one further
 EMBEDDING, ATTENTION_OUTPUT, MLP_OUTPUT = 0, 1, 2
 
 
@@ -133,31 +133,75 @@ def _signed(word: Tensor) -> Tensor:
     return (((word + HALF) & MASK32) - HALF).to(torch.int32)
 
 
-class AttentionKeys(NamedTuple):
-    """What the attention mask of one call is made of, int32: kernels read these tables."""
+class Keys(NamedTuple):
+    """What the mask of one call is made of, int32: kernels read these tables.
+
+    Attributes:
+        a_BNT, b_BNT: of each row; b is lowered by 2^31.
+        c_S: of each column.
+    """
 
     a_BNT: Tensor
-    b_BNT: Tensor  # lowered by 2^31
+    b_BNT: Tensor
     c_S: Tensor
 
 
-def attention_keys(
-    dropout: Dropout, batch: int, heads: int, queries: int, keys: int
-) -> AttentionKeys:
-    """Row and column keys. Positions are absolute: the first of T queries is at S - T."""
-    device = dropout.seed.device
-    row_B11 = (torch.arange(batch, device=device) + dropout.first_row)[:, None, None]
+@torch.library.custom_op("flashgpt::dropout_keys", mutates_args=())
+def _keys(
+    seed: Tensor,
+    first_row: Tensor,
+    layer: int,
+    site: int,
+    batch: int,
+    heads: int,
+    start: int,
+    rows: int,
+    columns: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys of rows start .. start + rows - 1 at counter (row, (first_row + b) * heads + n, layer,
+    site), and of columns 0 .. columns - 1 at (column, 0, layer, site + 1)."""
+    device = seed.device
+    row_B11 = (torch.arange(batch, device=device) + first_row)[:, None, None]
     head_N1 = torch.arange(heads, device=device)[:, None]
-    position_S = torch.arange(keys, device=device)
-    word0, word1, _, _ = philox(
-        position_S[keys - queries :],
-        row_B11 * heads + head_N1,
-        dropout.layer,
-        ATTENTION_ROWS,
-        dropout.seed,
+    position_T = torch.arange(start, start + rows, device=device)
+    word0, word1, _, _ = philox(position_T, row_B11 * heads + head_N1, layer, site, seed)
+    column, _, _, _ = philox(torch.arange(columns, device=device), 0, layer, site + 1, seed)
+    return _signed(word0 | 1), (word1 - HALF).to(torch.int32), _signed(column)
+
+
+@_keys.register_kernel("cuda")
+def _(seed: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        from flashgpt.attention import triton_keys
+    except ModuleNotFoundError as error:  # the same by some hundred small launches
+        if error.name != "triton":
+            raise
+        return _keys._init_fn(seed, *args)  # type: ignore[no-any-return]
+    return triton_keys.keys(seed, *args)
+
+
+@_keys.register_fake
+def _(
+    seed: Tensor,
+    first_row: Tensor,
+    layer: int,
+    site: int,
+    batch: int,
+    heads: int,
+    start: int,
+    rows: int,
+    columns: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    a_BNT = seed.new_empty(batch, heads, rows, dtype=torch.int32)
+    return a_BNT, torch.empty_like(a_BNT), seed.new_empty(columns, dtype=torch.int32)
+
+
+def attention_keys(dropout: Dropout, batch: int, heads: int, queries: int, keys: int) -> Keys:
+    """Row and column keys. Positions are absolute: the first of T queries is at S - T."""
+    seed, first_row, start = dropout.seed, dropout.first_row, keys - queries
+    return Keys(
+        *_keys(seed, first_row, dropout.layer, ATTENTION, batch, heads, start, queries, keys)
     )
-    column, _, _, _ = philox(position_S, 0, dropout.layer, ATTENTION_COLUMNS, dropout.seed)
-    return AttentionKeys(_signed(word0 | 1), (word1 - HALF).to(torch.int32), _signed(column))
 
 
 def keep_bits(a: Tensor, b: Tensor, c: Tensor, threshold: int) -> Tensor:
@@ -180,15 +224,9 @@ def element_keep(
     dropout: Dropout, site: int, batch: int, start: int, count: int, dim: int
 ) -> Tensor:
     """The mask keep_BTD (bool) of an elementwise site; `start` is the first absolute position."""
-    device = dropout.seed.device
-    row_B1 = (torch.arange(batch, device=device) + dropout.first_row)[:, None]
-    position_T = torch.arange(start, start + count, device=device)
-    word0, word1, _, _ = philox(position_T, row_B1, dropout.layer, 2 + 2 * site, dropout.seed)
-    feature_D = torch.arange(dim, device=device)
-    column, _, _, _ = philox(feature_D, 0, dropout.layer, 3 + 2 * site, dropout.seed)
-    a_BT1 = _signed(word0 | 1)[..., None]
-    b_BT1 = (word1 - HALF).to(torch.int32)[..., None]
-    return keep_bits(a_BT1, b_BT1, _signed(column), dropout.threshold).bool()
+    where = (dropout.layer, 2 + 2 * site, batch, 1, start, count, dim)
+    a_B1T, b_B1T, c_D = _keys(dropout.seed, dropout.first_row, *where)
+    return keep_bits(a_B1T[:, 0, :, None], b_B1T[:, 0, :, None], c_D, dropout.threshold).bool()
 
 
 def drop_elements(x_BTD: Tensor, dropout: Dropout | None, site: int, start: int = 0) -> Tensor:

@@ -231,7 +231,7 @@ def test_the_statistics_tell_weak_masks_apart(weak: str, monkeypatch: pytest.Mon
     """a j + b, and b + c, the cheaper forms that kernels.md 4.2 rejects."""
     keys = dropout_module.attention_keys
 
-    def raw_columns(*call: Any) -> dropout_module.AttentionKeys:
+    def raw_columns(*call: Any) -> dropout_module.Keys:
         found = keys(*call)
         return found._replace(c_S=torch.arange(len(found.c_S), dtype=torch.int32))
 
