@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flashgpt.attention import kernels, standard
 from flashgpt.attention.dropout import Dropout
+from flashgpt.attention.packed import split
 from flashgpt.attention.request import bucket, shape_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -97,16 +98,67 @@ def attend(
     """
     _check(q_BNTH, k_BNSH, v_BNSH, documents_BT, mask_TS)
     if return_weights or not use_flash:
-        if kernel not in (None, standard.NAME):
-            asker = "return_weights=True" if use_flash else "use_flash=False"
-            raise ValueError(f"kernel must be 'standard' with {asker}, got {kernel!r}")
-        kernel = standard.NAME
+        kernel = _standard(kernel, "return_weights=True" if use_flash else "use_flash=False")
+    parts = (q_BNTH, k_BNSH, v_BNSH)
+    out_BNTH, lse, weights = _serve(
+        parts, parts, dropout, documents_BT, kernel, deterministic, mask_TS
+    )
+    if not (return_weights or return_lse):
+        return out_BNTH
+    if lse.shape != q_BNTH.shape[:3]:
+        lse = lse.reshape(*q_BNTH.shape[:2], -1)[..., : q_BNTH.shape[2]]
+    return Attended(out_BNTH, weights if return_weights else None, lse if return_lse else None)
+
+
+def attend_packed(
+    qkv_BT3NH: Tensor,
+    *,
+    use_flash: bool = True,
+    dropout: Dropout | None = None,
+    documents_BT: Tensor | None = None,
+    kernel: str | None = None,
+    deterministic: bool = False,
+    mask_TS: Tensor | None = None,
+) -> Tensor:
+    """`attend` on the packed projection of a whole sequence (T == S): out_BNTH.
+
+    The same numbers; a kernel that takes the packed tensor (triton, fa4) gives its gradient packed,
+    where three gradients would have to be put together by a copy. Args and Raises: those of
+    `attend`.
+    """
+    if qkv_BT3NH.dim() != 5 or qkv_BT3NH.shape[2] != 3:
+        raise ValueError(f"qkv must be [B, T, 3, N, H], got {list(qkv_BT3NH.shape)}")
+    parts = split(qkv_BT3NH)
+    _check(*parts, documents_BT, mask_TS)
+    if not use_flash:
+        kernel = _standard(kernel, "use_flash=False")
+    packed = (qkv_BT3NH,)
+    return _serve(parts, packed, dropout, documents_BT, kernel, deterministic, mask_TS)[0]
+
+
+def _standard(kernel: str | None, asker: str) -> str:
+    """The only kernel that serves `asker`."""
+    if kernel not in (None, standard.NAME):
+        raise ValueError(f"kernel must be 'standard' with {asker}, got {kernel!r}")
+    return standard.NAME
+
+
+def _serve(
+    parts: tuple[Tensor, Tensor, Tensor],
+    packed: tuple[Tensor, ...],
+    dropout: Dropout | None,
+    documents_BT: Tensor | None,
+    kernel: str | None,
+    deterministic: bool,
+    mask_TS: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out, lse and, from standard attention, weights; `packed` goes to kernels that take it."""
     if mask_TS is not None and kernel != standard.NAME:
         raise ValueError("mask_TS is for standard attention only; leave it out, or use_flash=False")
     if dropout is not None and not dropout.threshold:
         dropout = None
+    q_BNTH, k_BNSH, v_BNSH = parts
     queries, keys = q_BNTH.shape[2], k_BNSH.shape[2]
-    tensors = (q_BNTH, k_BNSH, v_BNSH)
     name = kernels.resolve(
         q_BNTH.device.type,
         q_BNTH.dtype,
@@ -121,19 +173,15 @@ def attend(
         dropout is not None and dropout.own_masks,
         kernel,
     )
-    weights = None
     if name == standard.NAME:
         with torch.autocast(q_BNTH.device.type, enabled=False):  # out in q's dtype, as elsewhere
-            out, lse, weights = standard.attention(
-                *tensors, dropout=dropout, documents_BS=documents_BT, mask_TS=mask_TS
+            return standard.attention(
+                *parts, dropout=dropout, documents_BS=documents_BT, mask_TS=mask_TS
             )
-    else:
-        out, lse = kernels.KERNELS[name].attention(
-            *tensors, dropout=dropout, documents_BS=documents_BT
-        )
-    if not (return_weights or return_lse):
-        return out
-    return Attended(out, weights if return_weights else None, lse if return_lse else None)
+    served = kernels.KERNELS[name]
+    tensors = packed if served.packed else parts
+    out_BNTH, lse = served.attention(*tensors, dropout=dropout, documents_BS=documents_BT)
+    return out_BNTH, lse, None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, mask: Tensor | None) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from flashgpt.attention import tiles
 from flashgpt.attention.dropout import Dropout, attention_keys, keep_scale
+from flashgpt.attention.packed import room
 from flashgpt.attention.request import Request
 
 
@@ -54,12 +55,6 @@ def _store(whole: Tensor, part: Tensor, factor: Tensor | float = 1.0) -> None:
         whole.copy_(part.mul_(factor))
 
 
-def _room(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty [B, N, ., H] with the heads of a position side by side, as projections want it."""
-    batch, heads, length, head_dim = like.shape
-    return like.new_empty(batch, length, heads, head_dim, dtype=dtype).transpose(1, 2)
-
-
 def _masks(
     queries: int,
     heads: int,
@@ -79,7 +74,7 @@ def _masks(
 
 
 @torch.library.custom_op("flashgpt::blocked", mutates_args=())
-def _forward(
+def forward(
     q_BNTH: Tensor,
     k_BNSH: Tensor,
     v_BNSH: Tensor,
@@ -96,7 +91,7 @@ def _forward(
     masks = _masks(queries, heads, keys, a_BNT, b_BNT, c_S, threshold, documents_BS)
     scale = keep_scale(threshold)
     dtype = torch.promote_types(q_BNTH.dtype, torch.float32)
-    out_BNTH, lse_BNT = _room(q_BNTH, dtype), q_BNTH.new_empty(q_BNTH.shape[:3], dtype=dtype)
+    out_BNTH, lse_BNT = room(q_BNTH, dtype), q_BNTH.new_empty(q_BNTH.shape[:3], dtype=dtype)
     with torch.autocast(q_BNTH.device.type, enabled=False):
         for b, n, g in cut.parts(batch, heads):
             q_gTH = _load(q_BNTH, b, n, head_dim**-0.5)
@@ -154,7 +149,7 @@ def _exp(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("flashgpt::blocked_backward", mutates_args=())
-def _backward(
+def backward(
     dout_BNTH: Tensor,
     q_BNTH: Tensor,
     k_BNSH: Tensor,
@@ -170,7 +165,7 @@ def _backward(
     (batch, heads, queries, head_dim), keys = q_BNTH.shape, k_BNSH.shape[2]
     cut = tiles.cut(batch * heads, queries, keys, q_BNTH.device)
     masks = _masks(queries, heads, keys, a_BNT, b_BNT, c_S, threshold, documents_BS)
-    dq_BNTH, dk_BNSH, dv_BNSH = (_room(x, x.dtype) for x in (q_BNTH, k_BNSH, v_BNSH))
+    dq_BNTH, dk_BNSH, dv_BNSH = (room(x, x.dtype) for x in (q_BNTH, k_BNSH, v_BNSH))
     if documents_BS is not None:  # some keys may be seen by no query
         dk_BNSH.zero_()
         dv_BNSH.zero_()
@@ -236,16 +231,16 @@ def _store_tiles(whole: Tensor, found: dict[int, Tensor], factor: float = 1.0) -
         _store(whole[:, :, start : start + tile.shape[1]], tile, factor)
 
 
-@_forward.register_fake
+@forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    wide = q.new_empty(0) if dtype == q.dtype else _room(q, dtype)
-    return _room(q, q.dtype), q.new_empty(q.shape[:3], dtype=dtype), wide
+    wide = q.new_empty(0) if dtype == q.dtype else room(q, dtype)
+    return room(q, q.dtype), q.new_empty(q.shape[:3], dtype=dtype), wide
 
 
-@_backward.register_fake
+@backward.register_fake
 def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _room(q, q.dtype), _room(k, k.dtype), _room(v, v.dtype)
+    return room(q, q.dtype), room(k, k.dtype), room(v, v.dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -258,11 +253,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _autograd(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, a, b, c, documents = ctx.saved_tensors
-    dq, dk, dv = _backward(dout, q, k, v, out, lse, a, b, c, ctx.threshold, documents)
+    dq, dk, dv = backward(dout, q, k, v, out, lse, a, b, c, ctx.threshold, documents)
     return dq, dk, dv, None, None, None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup)
+forward.register_autograd(_autograd, setup_context=_setup)
 
 
 def attention(
@@ -280,5 +275,5 @@ def attention(
     if dropout is not None:
         a, b, c = attention_keys(dropout, batch, heads, queries, k_BNSH.shape[2])
         threshold = dropout.threshold
-    out_BNTH, lse_BNT, _ = _forward(q_BNTH, k_BNSH, v_BNSH, a, b, c, threshold, documents_BS)
+    out_BNTH, lse_BNT, _ = forward(q_BNTH, k_BNSH, v_BNSH, a, b, c, threshold, documents_BS)
     return out_BNTH, lse_BNT.detach()

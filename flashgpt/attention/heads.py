@@ -5,14 +5,16 @@ Legend: B batch, T query positions, S key positions, N heads, H head dim, D mode
 
 from __future__ import annotations
 
+import functools
 from types import EllipsisType
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from flashgpt.attention import kernels
-from flashgpt.attention.attend import attend
+from flashgpt.attention.attend import attend, attend_packed
 from flashgpt.attention.dropout import Dropout, fresh
+from flashgpt.attention.packed import split
 from flashgpt.attention.standard import NAME as STANDARD
 from flashgpt.attention.standard import causal_mask
 
@@ -140,10 +142,11 @@ class MultiHeadAttention(nn.Module):
         batch, queries, _ = x_BTD.shape
         qkv_BTD = self.c_attn(x_BTD)
         qkv_BT3NH = qkv_BTD.view(batch, queries, 3, self.num_heads, self.head_dim)
-        q_BNTH, k_BNSH, v_BNSH = qkv_BT3NH.permute(2, 0, 3, 1, 4).unbind()
+        keys, attention = queries, functools.partial(attend_packed, qkv_BT3NH)
         if cache is not None:
-            k_BNSH, v_BNSH = cache.extend(k_BNSH, v_BNSH)
-        keys = k_BNSH.shape[2]
+            q_BNTH, k_BNTH, v_BNTH = split(qkv_BT3NH)
+            k_BNSH, v_BNSH = cache.extend(k_BNTH, v_BNTH)
+            keys, attention = k_BNSH.shape[2], functools.partial(attend, q_BNTH, k_BNSH, v_BNSH)
         if keys > self.context_length:
             raise ValueError(
                 f"sequence must be at most context_length {self.context_length} tokens, got {keys}"
@@ -152,10 +155,7 @@ class MultiHeadAttention(nn.Module):
         if self.training and self.dropout > 0:
             draw = fresh(self.dropout, x_BTD) if dropout is None else dropout
             draw = draw.with_own_masks() if self.own_masks else draw
-        out_BNTH = attend(
-            q_BNTH,
-            k_BNSH,
-            v_BNSH,
+        out_BNTH = attention(
             use_flash=self.use_flash,
             dropout=draw,
             documents_BT=documents_BT,

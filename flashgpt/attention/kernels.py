@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from flashgpt.attention import blocked, measured, sdpa, standard
+from flashgpt.attention import blocked, fa4, measured, sdpa, standard, triton_op
 from flashgpt.attention.request import Request, Shape
 
 
@@ -30,12 +30,15 @@ class Kernel:
     Attributes:
         supports: request -> None, or the reason why this kernel cannot serve it.
         attention: (q, k, v, *, dropout, documents_BS) -> (out_BNTH, lse_BNT), out in q's dtype,
-            lse detached and fp32 at least. Standard attention also returns its weights.
+            lse detached and fp32 at least, padding included. Standard attention also returns its
+            weights.
+        packed: also takes one packed qkv_BT3NH, and gives its gradient packed.
     """
 
     name: str
     supports: Callable[[Request], str | None]
     attention: Callable[..., tuple[Any, ...]]
+    packed: bool = False
 
 
 KERNELS: dict[str, Kernel] = {
@@ -47,14 +50,24 @@ KERNELS: dict[str, Kernel] = {
         Kernel("sdpa:cudnn", sdpa.supports_cudnn, sdpa.attention_cudnn),
         Kernel("sdpa:flash", sdpa.supports_flash, sdpa.attention_flash),
         Kernel("sdpa:efficient", sdpa.supports_efficient, sdpa.attention_efficient),
+        Kernel("triton", triton_op.supports, triton_op.attention, packed=True),
+        Kernel("fa4", fa4.supports, fa4.attention, packed=True),
     )
 }
 
-# Fastest first. CUDA: H 64 in bf16 on an H100 (torch 2.11, cuDNN 9.19); cuDNN without gradient.
+# Fastest first. CUDA: H 64 in bf16 on an H100 (benchmarks/attention-h100).
 FASTEST: dict[str, tuple[str, ...]] = {
     "cpu": ("sdpa:cpu", "blocked"),
-    "cuda": ("sdpa:cudnn", "sdpa:flash", "sdpa:efficient", "blocked"),
+    "cuda": ("fa4", "sdpa:cudnn", "triton", "sdpa:flash", "sdpa:efficient", "blocked"),
+    "cuda, single": ("sdpa:flash", "sdpa:efficient", "triton", "blocked"),
 }
+
+
+def fastest(request: Request) -> tuple[str, ...]:
+    """The built-in order for a call."""
+    kind = f"{request.device}, {request.shape}"
+    return FASTEST.get(kind) or FASTEST.get(request.device, ("blocked",))
+
 
 # Cases that a kernel takes but gets wrong; checked after its own `supports`.
 KNOWN_BAD: dict[str, tuple[Callable[[Request], bool], str]] = {
@@ -85,7 +98,7 @@ class Choice:
 @functools.lru_cache(maxsize=4096)
 def choose(request: Request) -> Choice:
     """The fastest kernel that serves `request`, with the refusals on the way."""
-    names, order = FASTEST.get(request.device, ("blocked",)), ""
+    names, order = fastest(request), ""
     if (found := measured.order(request)) is not None:
         known = tuple(name for name in found.kernels if name in names)
         names = (*known, *(name for name in names if name not in known))

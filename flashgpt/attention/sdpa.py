@@ -90,14 +90,11 @@ def _pinned(operator: Operator) -> Callable[..., tuple[Tensor, Tensor]]:
     ) -> tuple[Tensor, Tensor]:
         assert documents_BS is None and (dropout is None or dropout.own_masks), "refused before"
         p = 0.0 if dropout is None else dropout.p
-        queries = q_BNTH.shape[2]
         # The operators take no notice of the last stride (the CPU one reads other memory), so the H
         # features of a row must lie side by side, as F.sdpa makes sure of.
         q, k, v = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_BNTH, k_BNSH, v_BNSH)]
-        out_BNTH, lse, *_ = operator(q, k, v, p, queries > 1)
-        if lse.shape != q_BNTH.shape[:3]:  # some pad T, and cuDNN adds a last dimension of 1
-            lse = lse.reshape(*q_BNTH.shape[:2], -1)[..., :queries]
-        return out_BNTH, lse
+        out_BNTH, lse, *_ = operator(q, k, v, p, q_BNTH.shape[2] > 1)
+        return out_BNTH, lse  # some pad T, and cuDNN adds a last dimension of 1
 
     return attention
 

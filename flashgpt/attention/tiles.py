@@ -164,6 +164,11 @@ def document_starts(documents_BS: Tensor) -> Tensor:
     return torch.empty_like(first).scatter_(1, position, first).to(torch.int32)
 
 
+def document_ends(documents_BS: Tensor) -> Tensor:
+    """last_BS (int32): the last position with the same id."""
+    return documents_BS.shape[1] - 1 - document_starts(documents_BS.flip(1)).flip(1)
+
+
 def _bits(x: Tensor) -> Tensor:
     """The same memory as integers: times 1 or 0 they are x or 0, even for NaN."""
     return x.view(torch.int64 if x.dtype == torch.float64 else torch.int32)

@@ -189,8 +189,8 @@ class Recorder(TorchDispatchMode):
         name = func.name()
         self.ops.append(name)
         inner = {
-            "flashgpt::blocked": blocked._forward,
-            "flashgpt::blocked_backward": blocked._backward,
+            "flashgpt::blocked": blocked.forward,
+            "flashgpt::blocked_backward": blocked.backward,
         }.get(name)
         if inner is not None:
             with self:

@@ -165,14 +165,14 @@ def test_the_operators_are_well_formed(full: bool) -> None:
         dropout = Dropout(0.3, torch.tensor(3), torch.tensor(1), layer=2)
         documents = torch.arange(9).expand(2, 9) // 4
         extra = [*attention_keys(dropout, 2, 2, 5, 9), dropout.threshold, documents]
-    out, lse, _ = blocked._forward(q, k, v, *extra)
+    out, lse, _ = blocked.forward(q, k, v, *extra)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(blocked._forward, (*leaves, *extra))
-    torch.library.opcheck(blocked._backward, (dout, q, k, v, out, lse, *extra))
+    torch.library.opcheck(blocked.forward, (*leaves, *extra))
+    torch.library.opcheck(blocked.backward, (dout, q, k, v, out, lse, *extra))
     half = [x.half() for x in (q, k, v)]
-    found = blocked._forward(*half, *extra)
+    found = blocked.forward(*half, *extra)
     assert [x.dtype for x in found] == [torch.float16, torch.float32, torch.float32]
-    torch.library.opcheck(blocked._forward, (*half, *extra), test_utils="test_faketensor")
+    torch.library.opcheck(blocked.forward, (*half, *extra), test_utils="test_faketensor")
 
 
 def test_one_graph_without_breaks_gives_the_same_bits(law: Callable[..., Any]) -> None:

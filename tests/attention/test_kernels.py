@@ -36,31 +36,34 @@ def _clean_receipt() -> Iterator[None]:
         (dataclasses.replace(CPU, shape="chunk"), "blocked"),
         (dataclasses.replace(CPU, dropout=True), "blocked"),
         (dataclasses.replace(CPU, documents=True), "blocked"),
-        (CUDA, "sdpa:flash"),
+        (CUDA, "triton"),
+        (dataclasses.replace(CUDA, shape="single"), "sdpa:flash"),
         (dataclasses.replace(CUDA, gradient=False), "sdpa:cudnn"),
         (dataclasses.replace(CUDA, gradient=False, head_dim=136), "sdpa:flash"),
         (dataclasses.replace(CPU, dtype=torch.float16), "blocked"),
-        (dataclasses.replace(CUDA, dtype=torch.float32), "blocked"),
+        (dataclasses.replace(CUDA, dtype=torch.float32), "triton"),
         (dataclasses.replace(CUDA, dtype=torch.float64), "blocked"),
         (dataclasses.replace(CUDA, head_dim=60), "blocked"),
-        (dataclasses.replace(CUDA, deterministic=True), "blocked"),
+        (dataclasses.replace(CUDA, deterministic=True), "triton"),
         (dataclasses.replace(CUDA, deterministic=True, gradient=False), "sdpa:cudnn"),
-        (dataclasses.replace(CUDA, dropout=True), "blocked"),
-        (dataclasses.replace(CUDA, shape="chunk"), "blocked"),
+        (dataclasses.replace(CUDA, dropout=True), "triton"),
+        (dataclasses.replace(CUDA, shape="chunk"), "triton"),
+        (dataclasses.replace(CUDA, documents=True), "triton"),
+        (dataclasses.replace(CUDA, shape="single", dropout=True), "blocked"),
         (dataclasses.replace(CPU, device="mps"), "blocked"),
     ],
 )
 def test_choice_per_kind_of_call(request_: Request, kernel: str) -> None:
     choice = choose(request_)
     assert choice.kernel == kernel
-    order = kernels.FASTEST.get(request_.device, ("blocked",))
+    order = kernels.fastest(request_)
     passed_over = order[: order.index(kernel)]
     assert [name for name, _ in choice.refused] == list(passed_over)
     assert all(reason for _, reason in choice.refused)
 
 
 def test_a_known_bad_case_is_passed_over_and_says_why() -> None:
-    assert choose(CUDA).refused == (("sdpa:cudnn", NAN),)
+    assert dict(choose(CUDA).refused)["sdpa:cudnn"] == NAN
     half = dataclasses.replace(CPU, dtype=torch.float16)
     assert KERNELS["sdpa:cpu"].supports(half) is None
     ((kernel, reason),) = choose(half).refused
