@@ -42,6 +42,13 @@ MAY_KNOW: dict[str, set[str]] = {
 TOP = {"cli", "verbs", "orchestrator"}  # known to nobody but the verbs and each other
 KNOWS_TOP = {"cli": {"verbs"}, "verbs": TOP, "orchestrator": set()}
 
+# Imported when the first CUDA tensor comes, by nothing before.
+NEED_TRITON = {
+    "flashgpt.attention.triton_flash",
+    "flashgpt.attention.triton_keys",
+    "flashgpt.model.triton_loss",
+}
+
 
 def part(module: str) -> str:
     """The part of flashgpt that a module belongs to: `attention` of flashgpt.attention.heads."""
@@ -151,7 +158,7 @@ class Installed(importlib.machinery.PathFinder):
 sys.meta_path = [
     Installed if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path
 ]
-for name in {list(SOURCES)!r}:
+for name in {sorted(SOURCES.keys() - NEED_TRITON)!r}:
     if not name.endswith("__main__"):
         importlib.import_module(name)
 tops = sorted({{name.split(".")[0] for name in sys.modules}} & absent)

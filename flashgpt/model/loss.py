@@ -4,14 +4,21 @@ Rows go through in chunks: logits of a chunk, their softmax, and at once the gra
 buffer. So at most one chunk of logits exists, in the forward as in the backward pass, and the
 softmax of each chunk is fp32 (or wider).
 
+`_plain` does so in PyTorch's operators, on any device; `_fused`, on CUDA, with one Triton kernel
+(triton_loss.py) between the three products: the logits stay in the dtype of the products, and are
+read and written once.
+
     loss = mean over counted rows of (logsumexp(x W^T) - (x W^T)[target])
     d loss / d logits = (softmax - one-hot) / number of counted rows
 
-Legend: M rows (batch times positions), m a chunk of rows, D model width, V vocabulary.
+Legend: M rows (batch times positions), m a chunk of rows, D model width, V vocabulary, C columns:
+V and what pads it.
 """
 
 from __future__ import annotations
 
+import functools
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,6 +29,11 @@ IGNORE = -100
 # that too few rows would be left to pay for reading the weight again.
 CHUNK_LOGITS, CHUNK_MIN_ROWS = 2**20, 192
 CHUNK_ROWS_CUDA = 8192
+# On CUDA with Triton: 1.6 GB of half-precision logits at GPT-2's vocabulary. Each chunk reads and
+# writes the weight's gradient once, which is little beside so many logits.
+CHUNK_ROWS_TRITON = 16384
+# Products are fast when rows start at multiples of 128 bytes.
+COLUMNS_MULTIPLE = 64
 
 
 def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> Tensor:
@@ -68,6 +80,13 @@ def _forward(
     The 1 / number goes onto the gradients in backward, so that half-precision products see
     probabilities, not tiny fractions of them.
     """
+    serves = _fused if x_MD.is_cuda and _kernel_takes(weight_VD, dtype) else _plain
+    return serves(x_MD, weight_VD, targets_M, dtype, need_grad)
+
+
+def _plain(
+    x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, dtype: torch.dtype, need_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(dtype, torch.float32)
     counted_M = targets_M != IGNORE
     loss = torch.zeros((), dtype=wide, device=x_MD.device)
@@ -99,10 +118,74 @@ def _forward(
     return loss / total, dx_MD, dw_VD.to(weight_VD.dtype), total
 
 
+def _kernel_takes(weight_VD: Tensor, dtype: torch.dtype) -> bool:
+    return (
+        dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and weight_VD.is_contiguous()
+        # Before, addmm added half-precision products to nothing in fp32.
+        and torch.__version__ >= (2, 10)  # type: ignore[operator]
+        and _triton_is_installed()
+    )
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _fused(
+    x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, dtype: torch.dtype, need_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from flashgpt.model.triton_loss import cross_entropy_
+
+    (count, width), vocab = x_MD.shape, len(weight_VD)
+    columns = -(-vocab // COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
+    make = functools.partial(torch.empty, device=x_MD.device)
+    weight_CD = make(columns, width, dtype=dtype)
+    weight_CD[:vocab] = weight_VD
+    weight_CD[vocab:] = 0
+    chunk_mC = make(min(CHUNK_ROWS_TRITON, count), columns, dtype=dtype)
+    loss_M = make(count, dtype=torch.float32)
+    if need_grad:
+        dx_MD = torch.empty_like(x_MD, dtype=dtype if x_MD.dtype == dtype else torch.float32)
+        dw_CD = make(columns, width, dtype=torch.float32)
+    else:
+        dx_MD, dw_CD = x_MD.new_empty(0), weight_VD.new_empty(0)
+    counted_M, targets_M = targets_M != IGNORE, targets_M.contiguous()
+    with torch.autocast(x_MD.device.type, enabled=False):
+        for start in range(0, max(count, 1), CHUNK_ROWS_TRITON):
+            m = slice(start, start + CHUNK_ROWS_TRITON)
+            # Rows that are not counted may hold anything, also NaN.
+            x_mD = torch.where(counted_M[m, None], x_MD[m].to(dtype), 0)
+            logits_mC = chunk_mC[: len(x_mD)]
+            torch.mm(x_mD, weight_CD.T, out=logits_mC)
+            cross_entropy_(logits_mC, targets_M[m], loss_M[m], vocab, IGNORE, need_grad)
+            if need_grad:
+                dlogits_mC = logits_mC
+                _multiply(dlogits_mC, weight_CD, dx_MD[m], add=False)
+                _multiply(dlogits_mC.T, x_mD, dw_CD, add=start > 0)
+    total = counted_M.sum().to(torch.float32)
+    dw_VD = dw_CD[:vocab].to(weight_VD.dtype)
+    return loss_M.sum() / total, dx_MD.to(x_MD.dtype), dw_VD, total
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+    """out = a b, or with `add` out + a b, in the dtype of `out`: theirs or fp32."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=int(add), out=out)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), out=out)
+
+
 @torch.library.custom_op("flashgpt::linear_cross_entropy_backward", mutates_args=())
 def _backward(dloss: Tensor, dx_MD: Tensor, dw_VD: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     """An operator of its own, so that a second derivative is refused instead of wrong."""
     scale = dloss / total
+    if dx_MD.is_cuda:
+        # As an array of one element, not a number, fp32 makes the product fp32: rounded once.
+        scale = scale.reshape(1)
+        dx, dw = (torch.mul(d, scale, out=torch.empty_like(d)) for d in (dx_MD, dw_VD))
+        return dx, dw
     return dx_MD * scale.to(dx_MD.dtype), dw_VD * scale.to(dw_VD.dtype)
 
 
