@@ -30,6 +30,7 @@ from flashgpt.data.shards import TokenData
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
 from flashgpt.train import runtime
+from flashgpt.train.bare import BareStep
 from flashgpt.train.checkpoint import write_json
 from flashgpt.train.feed import Feed
 from flashgpt.train.loop import Listener
@@ -87,21 +88,17 @@ def bare(parts: Parts, forward: Forward, data: TokenData, wanted: argparse.Names
     batches = Batches(data.train, context, parts.rows, parts.config.seed)
     with Feed(batches, parts.rows, parts.rows, parts.device) as feed:
         micros = [feed.take(step)[0] for step in range(4)]
-    limit = parts.config.grad_clip
+    parts.model.train()
+    limit, autocast = parts.config.grad_clip, parts.autocast
+    bare_step = BareStep(forward, parts.model, parts.optimizer, limit, parts.device, autocast)
     for step in range(wanted.warmup + wanted.steps):
         if step == wanted.warmup:
             _wait(parts.device)
             start = time.perf_counter()
         micro = micros[step % len(micros)]
-        parts.model.train()
         parts.model.set_dropout(dropout_seed(parts.config.seed, step), 0)
-        with runtime.casting(parts.device, parts.autocast):
-            loss = forward(micro.ids_BT, micro.targets_BT)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parts.model.parameters(), limit)
         parts.optimizer.set_rate(learning_rate(step, parts.config))
-        parts.optimizer.step()
-        parts.optimizer.zero_grad()
+        bare_step(micro.ids_BT, micro.targets_BT)
     _wait(parts.device)
     return (time.perf_counter() - start) / wanted.steps
 
