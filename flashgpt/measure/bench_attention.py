@@ -22,6 +22,7 @@ from flashgpt.attention.dropout import Dropout
 from flashgpt.attention.kernels import KERNELS, refusal
 from flashgpt.attention.request import Request, bucket, shape_of
 from flashgpt.attention.standard import NAME as STANDARD
+from flashgpt.measure import failure
 from flashgpt.measure.clock import MIN_ROUNDS, Call, alternate, device_peak, milliseconds
 from flashgpt.measure.memory import peak_bytes
 
@@ -298,12 +299,10 @@ def _failure(name: str, call: Call, device: torch.device) -> str | None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:
-        text = str(error)
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-            return "out of memory"
-        if name in KERNELS:
+        why = failure.reason(error)
+        if name in KERNELS and why != failure.OUT_OF_MEMORY:
             raise
-        return f"{type(error).__name__}: {text.strip().splitlines()[0] if text else 'no message'}"
+        return why
     return None
 
 

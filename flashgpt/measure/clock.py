@@ -56,11 +56,12 @@ def alternate(
     rounds: int,
     timer: Callable[[Call], float],
     tick: Callable[[int], None] = lambda _: None,
+    seconds: float = CASE_SECONDS,
 ) -> dict[Key, list[float]]:
     """Times every call once per round, in reversed order every other round.
 
     So a machine that slows down, or a call that heats it for the next one, is no one's advantage.
-    Ends after `rounds`, or after CASE_SECONDS once there are MIN_ROUNDS.
+    Ends after `rounds`, or after `seconds` once there are MIN_ROUNDS.
 
     Args:
         timer: call -> milliseconds.
@@ -69,7 +70,7 @@ def alternate(
     found: dict[Key, list[float]] = {key: [] for key in calls}
     start = time.monotonic()
     for done in range(rounds):
-        if done >= MIN_ROUNDS and time.monotonic() - start > CASE_SECONDS:
+        if done >= MIN_ROUNDS and time.monotonic() - start > seconds:
             break
         for key in reversed(list(calls)) if done % 2 else list(calls):
             found[key].append(timer(calls[key]))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+
+from flashgpt.measure.trace import trace
 
 CPU_DEVICE = 0  # "Device Type" of the profiler's trace
 
@@ -34,16 +32,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 def _cpu_peak(call: Callable[[], object]) -> int:
     """The highest running sum of what the profiler saw allocated and freed."""
-    # Read when the first profile starts: else it writes two lines to stderr per profile.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        result = call()
-    del result  # after the profile, so that it counts
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    events = trace(call, torch.device("cpu"), memory=True)
     changes = [event for event in events if event["name"] == "[memory]"]
     now = peak = 0
     for event in sorted(changes, key=lambda event: float(event["ts"])):
