@@ -19,7 +19,7 @@ VERBS = {
     "evaluate": "loss, perplexity and bits per byte of a model on text",
     "generate": "write text with a model",
     "verify": "prove on this machine that both settings of use_flash agree",
-    "bench": "time and memory of attention kernels on this machine",
+    "bench": "time and memory of attention kernels, or of a training step, on this machine",
     "info": "versions, devices, and which attention kernels can run here",
 }
 OLDEST_TORCH = (2, 9)

@@ -25,6 +25,7 @@ from flashgpt.data import writer
 from flashgpt.toml import load_toml
 from flashgpt.train.incident import Incident
 from flashgpt.verbs import info
+from flashgpt.verbs.bench import SUBJECTS
 from flashgpt.verbs.parse import parse
 
 Cli = Callable[..., Any]
@@ -59,9 +60,13 @@ def test_help_is_quick_and_does_not_import_torch() -> None:
         assert done.stdout.endswith(f"SLOW set() {status}\n"), (arguments, done)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+# Verbs, and the subjects of `bench`, which have options of their own.
+MODULES = [*VERBS, *(f"bench_{subject}" for subject in SUBJECTS)]
+
+
+@pytest.mark.parametrize("verb", MODULES)
 def test_help_of_a_verb_shows_its_examples(cli: Cli, verb: str) -> None:
-    shown = cli(verb, "--help").done()
+    shown = cli(*verb.split("_"), "--help").done()
     module = importlib.import_module(f"flashgpt.verbs.{verb}")
     examples = _examples(module)
     assert examples
@@ -69,7 +74,7 @@ def test_help_of_a_verb_shows_its_examples(cli: Cli, verb: str) -> None:
     for example in examples:
         assert example in shown, example
     assert " ".join((module.__doc__ or "").split("\n\n")[0].split()) in flat
-    assert cli(verb, "-h").status == 0
+    assert cli(*verb.split("_"), "-h").status == 0
 
 
 def _examples(module: Any) -> list[str]:
@@ -78,7 +83,7 @@ def _examples(module: Any) -> list[str]:
 
 ALL_EXAMPLES = [
     example
-    for verb in VERBS
+    for verb in MODULES
     for example in _examples(importlib.import_module(f"flashgpt.verbs.{verb}"))
 ]
 OVERVIEW = [
@@ -98,7 +103,8 @@ def test_examples_are_understood(
     monkeypatch.setattr(Incident, "load", lambda _: config)
     program, verb, *arguments = shlex.split(example)
     assert program == "flashgpt"
-    module = importlib.import_module(f"flashgpt.verbs.{verb}")
+    name = f"bench_{arguments.pop(0)}" if verb == "bench" else verb
+    module = importlib.import_module(f"flashgpt.verbs.{name}")
     if verb == "train":
         module.read(arguments)
     else:

@@ -20,7 +20,8 @@ from flashgpt.attention.dropout import Dropout, attention_keep, element_keep
 from flashgpt.attention.kernels import choose
 from flashgpt.attention.request import Request
 from flashgpt.cli import main
-from flashgpt.measure import audit
+from flashgpt.config import GPTConfig
+from flashgpt.measure import audit, bench_train
 from flashgpt.measure.memory import peak_bytes
 from flashgpt.runconfig import TrainConfig
 from flashgpt.train import optimizer, runtime
@@ -302,3 +303,23 @@ def test_fp16_scales_its_loss_and_goes_on_with_the_scale(use_flash: str) -> None
     assert main(["train", "--resume", "--out", "runs/halves"]) == 0
     assert same(checkpoint(halves, 40), checkpoint(whole, 40))
     assert float(checkpoint(whole, 40)["trainer/guard.scale"]) > 1
+
+
+@pytest.mark.parametrize("compile_", ["off", "on"])
+def test_a_benchmarked_step_has_all_its_parts(compile_: Literal["off", "on"]) -> None:
+    setup = bench_train.Setup(
+        cfg=GPTConfig.from_dict({**CFG, "qkv_bias": True}),
+        batch=4,
+        dropouts=(0.1,),
+        compile=compile_,
+        peers=True,
+        steps=2,
+        rounds=3,
+        device=CUDA,
+    )
+    found = bench_train.measure(setup)
+    assert found.refused == [] and len(found.rows) == 3 and not found.alternated
+    for row in found.rows:
+        assert sum(row.parts.values()) == pytest.approx(row.ms)
+        assert all(ms > 0 for ms in row.parts.values()), row
+        assert row.peak_bytes > 4 * 4 * found.parameters

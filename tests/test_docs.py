@@ -23,12 +23,14 @@ SMALL = "--model.context-length 32 --model.emb-dim 32 --train.tokens-per-step 12
 SHORTER = {
     "demo": "--seconds 1 --out runs/demo",
     "train": f"{SMALL} --train.steps 4",
-    "bench": "--lengths 8 --tokens 64 --heads 2 --head-dim 16 --rounds 3",
+    "bench attention": "--lengths 8 --tokens 64 --heads 2 --head-dim 16 --rounds 3",
+    "bench train": "--preset tiny --context 8 --batch 1 --compile off --steps 1 --rounds 3",
 }
 TUNING = ["--train.tokens-per-step", "128", "--train.steps", "4"]
 VERBS = {
     "README.md": {"demo", "generate", "evaluate", "verify", "info", "prepare", "train", "bench"},
     "attention.md": {"bench", "verify"},
+    "performance.md": {"bench"},
     "training.md": {"prepare", "train", "verify", "generate", "evaluate"},
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -83,7 +85,8 @@ def test_every_command_of_a_page_works(
         program, *argv = shlex.split(command)
         if program == "flashgpt":
             starts_anew = not {"--resume", "--model.init-from"} & set(argv)
-            argv += shlex.split(SHORTER.get(argv[0], "")) if starts_anew else []
+            what = " ".join(argv[:2]) if argv[0] == "bench" else argv[0]
+            argv += shlex.split(SHORTER.get(what, "")) if starts_anew else []
             argv += TUNING if "--model.init-from" in argv else []
             assert main(argv) == 0, f"{command}: {capsys.readouterr().err}"
             seen.add(argv[0])

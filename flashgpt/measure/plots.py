@@ -55,7 +55,7 @@ def draw_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("optimizer step")
     bottom.grid(alpha=0.3)
-    _write(figure, path)
+    write(figure, path)
 
 
 def draw_attention(rows: Sequence[dict[str, Any]], folder: Path, title: str) -> None:
@@ -72,14 +72,14 @@ def draw_attention(rows: Sequence[dict[str, Any]], folder: Path, title: str) -> 
         axes.set_ylim(bottom=0)
     speed.axes[0].set_ylabel(f"speed ({unit})")
     speed.suptitle(f"causal attention, forward + backward\n{title}", fontsize=11)
-    _write(speed, folder / "speed.png")
+    write(speed, folder / "speed.png")
     memory = _against_length(rows, lambda row: row["peak_bytes"] / 2**20)
     for axes in memory.axes:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
     memory.axes[0].set_ylabel("peak memory beside q, k, v (MiB)")
     memory.suptitle(f"causal attention, forward + backward\n{title}", fontsize=11)
-    _write(memory, folder / "memory.png")
+    write(memory, folder / "memory.png")
 
 
 def _passed(row: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _panel(
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="#888888")
 
 
-def _write(figure: Figure, path: Path) -> None:
+def write(figure: Figure, path: Path) -> None:
     """A PNG that appears complete or not at all."""
     temporary = path.with_name(f".{path.name}.tmp.png")
     figure.savefig(temporary)

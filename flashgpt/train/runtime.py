@@ -107,7 +107,7 @@ def compiled(
         config.compile == "auto" and on_cpu and flop < COMPILE_REPAYS_FLOP
     ):
         return model
-    if reason := _cannot_compile(model.wte.weight.device):
+    if reason := cannot_compile(model.wte.weight.device):
         if config.compile == "on":
             raise ValueError(f"train.compile is 'on', but {reason}; use auto or off")
         note(f"runs without torch.compile: {reason}")
@@ -117,7 +117,7 @@ def compiled(
     return forward
 
 
-def _cannot_compile(device: torch.device) -> str | None:
+def cannot_compile(device: torch.device) -> str | None:
     """Compiles a one-line function: None if that works, else why it does not."""
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return "no C++ compiler was found"

@@ -18,24 +18,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typing_extensions import Doc
 
-from flashgpt.cli import UsageError
-from flashgpt.verbs.parse import Flag, Positional, parse, usage
+from flashgpt.verbs.bench import check_writable, environment, flop_unit, spread
+from flashgpt.verbs.parse import Flag, parse, usage
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
     from flashgpt.attention import measured
     from flashgpt.measure.bench_attention import Pass, Result, Setup, Timing
 
-SUBJECTS = ("attention",)
 LENGTHS = {
     "cpu": (64, 128, 256, 512, 1024, 2048, 4096),
     "cuda": (256, 512, 1024, 2048, 4096, 8192, 16384),
@@ -45,9 +42,8 @@ TOKENS = {"cpu": 4096, "cuda": 65536}
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Options of `bench`."""
+    """Options of `bench attention`."""
 
-    subject: Annotated[str | None, Positional, Doc("what to measure: attention")] = None
     lengths: Annotated[
         tuple[int, ...], Doc("tokens per sequence; 64 to 4096 on a CPU, 256 to 16384 on a GPU")
     ] = ()
@@ -66,11 +62,8 @@ class Args:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `flashgpt bench`."""
-    args = parse(Args, "bench", argv, __doc__)
-    if args.subject not in SUBJECTS:
-        got = "nothing" if args.subject is None else repr(args.subject)
-        raise UsageError(f"bench measures one of {', '.join(SUBJECTS)}, got {got}")
+    """Runs `flashgpt bench attention`."""
+    args = parse(Args, "bench attention", argv, __doc__)
     from flashgpt.attention import measured
     from flashgpt.measure.plots import draw_attention
     from flashgpt.train.checkpoint import write_json
@@ -79,10 +72,10 @@ def main(argv: Sequence[str]) -> int:
     with usage():
         setup = _setup(args)
     folder = Path(args.out)
-    _check_writable(folder)
+    check_writable(folder)
     out = None if args.json else console()
     result = _measure(setup, out)
-    where = _environment(setup.device)
+    where = environment(setup.device)
     dtype = str(setup.dtype).removeprefix("torch.")
     found = {
         "environment": where,
@@ -133,13 +126,6 @@ def _setup(args: Args) -> Setup:
     )
 
 
-def _check_writable(folder: Path) -> None:
-    """Fails now rather than after minutes of measuring."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-
-
 def _measure(setup: Setup, out: Console | None) -> Result:
     from flashgpt.measure.bench_attention import measure
     from flashgpt.verbs.console import counting
@@ -148,22 +134,6 @@ def _measure(setup: Setup, out: Console | None) -> Result:
         return measure(setup)
     with counting(out) as progress:
         return measure(setup, out.print, lambda done, total: progress(done, total, "measuring"))
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    import datetime
-
-    import torch
-
-    from flashgpt.attention.measured import device_name
-    from flashgpt.train.record import versions
-
-    return {
-        "device": device_name(device.type),
-        **versions(),
-        "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def _to_save(result: Result, dtype: str) -> list[measured.Row]:
@@ -189,7 +159,7 @@ def _show(out: Console, result: Result, setup: Setup) -> None:
     from flashgpt.verbs.console import table
 
     peak = result.peak_flop_per_second
-    unit, scale = ("TFLOP/s", 1e12) if peak >= 1e13 else ("GFLOP/s", 1e9)
+    unit, scale = flop_unit(peak)
     columns = (
         *("kernel", "T", "forward ms", "forward + backward ms"),
         *(unit, "of peak", "peak MiB", "x standard"),
@@ -230,9 +200,4 @@ def _cells(row: Timing, scale: float) -> tuple[str, ...]:
 
 
 def _spread(found: Pass | None) -> str:
-    """Median (least to greatest)."""
-    if found is None:
-        return "-"
-    digits = 3 if found.ms < 1 else 1 if found.ms < 1000 else 0
-    low, middle, high = (f"{ms:,.{digits}f}" for ms in (found.ms_min, found.ms, found.ms_max))
-    return f"{middle} ({low} to {high})"
+    return "-" if found is None else spread(found.ms_min, found.ms, found.ms_max)

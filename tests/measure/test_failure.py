@@ -13,6 +13,7 @@ from flashgpt.measure.failure import OUT_OF_MEMORY, reason
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), OUT_OF_MEMORY),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), OUT_OF_MEMORY),
         (RuntimeError("\nno kernel\nmore"), "RuntimeError: no kernel"),
         (TypeError(), "TypeError: no message"),
     ],

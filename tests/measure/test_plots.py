@@ -140,7 +140,7 @@ def test_a_kernel_without_backward_is_drawn_by_its_forward(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr("flashgpt.measure.plots._write", lambda figure, _: drawn.append(figure))
+    monkeypatch.setattr("flashgpt.measure.plots.write", lambda figure, _: drawn.append(figure))
     rows = [row for row in _rows(backward=False) if not row["dropout"]]
     draw_attention(rows, tmp_path, "title")
     standard, fast = drawn[0].axes[0].get_lines()

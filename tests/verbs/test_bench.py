@@ -1,4 +1,4 @@
-"""`flashgpt bench attention`: table, files, JSON line, and what is wrong said in one line.
+"""`flashgpt bench` and `bench attention`: table, files, JSON line, what is wrong in one line.
 
 pytest tests/verbs/test_bench.py
 """
@@ -96,8 +96,9 @@ def test_saved_is_what_choose_reads(cli: Cli, tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[str, int, list[str]]] = [
-    ("", 2, ["bench measures one of attention, got nothing"]),
-    ("train", 2, ["bench measures one of attention, got 'train'"]),
+    ("", 2, ["bench measures one of attention, train, got nothing"]),
+    ("decode", 2, ["bench measures one of attention, train, got 'decode'"]),
+    ("--lengths 8", 2, ["bench measures one of attention, train, got '--lengths'"]),
     ("attention --lengths 0", 2, ["lengths must be at least 1, got 0"]),
     ("attention --lengths x", 2, ["--lengths", "'x'"]),
     ("attention --tokens 0", 2, ["tokens must be at least 1, got 0"]),
@@ -108,6 +109,7 @@ WRONG: list[tuple[str, int, list[str]]] = [
     ("attention --dtype bf16", 2, ["on the CPU, got bf16", "ends the process"]),
     ("attention --dtype fp8", 2, ["--dtype", "fp8"]),
     ("attention --length 3", 2, ["no option --length", "did you mean --lengths?"]),
+    ("attention --no-peers", 2, ["bench attention has no option --no-peers"]),
     ("attention --out FILE", 1, ["FILE: File exists"]),
     ("attention --out FILE/sub", 1, ["FILE/sub: Not a directory"]),
 ]
@@ -143,7 +145,7 @@ def test_ctrl_c_leaves_an_earlier_result(cli: Cli, monkeypatch: pytest.MonkeyPat
 
 
 def test_help_shows_examples(cli: Cli) -> None:
-    shown = cli("bench", "--help").done()
+    shown = cli("bench", "attention", "--help").done()
     assert "flashgpt bench attention --lengths 256 1024 --dropout 0" in shown
     for option in ("--tokens", "--dtype", "--flex", "--save", "--json", "--out"):
         assert option in shown

@@ -1,0 +1,112 @@
+"""The models that `bench train` times: ours with the switch on and off, and Hugging Face's GPT-2.
+
+Legend: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashgpt.config import GPTConfig
+from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import TrainConfig
+from flashgpt.train import optimizer
+from flashgpt.train.bare import BareStep
+from flashgpt.train.optimizer import Optimizer
+from flashgpt.train.step import Forward, dropout_seed
+
+ON, OFF, HUGGING_FACE = "use_flash on", "use_flash off", "Hugging Face"
+TRAIN = TrainConfig()  # whose seed, clipping and optimizer all of them take
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A model and how it runs; `model` is ON, OFF or HUGGING_FACE."""
+
+    model: str
+    compiled: bool
+    dropout: float
+
+    def __str__(self) -> str:
+        how = "compiled" if self.compiled else "eager"
+        return f"{self.model}, {how}, dropout {self.dropout:g}"
+
+
+def build(
+    variant: Variant, cfg: GPTConfig, device: torch.device, autocast: torch.dtype | None
+) -> BareStep:
+    """The step of a variant.
+
+    Args:
+        cfg: the shape; `use_flash` and `drop_rate` are the variant's.
+    """
+    ours = variant.model != HUGGING_FACE
+    model = (_own_model if ours else _peer)(cfg, variant).to(device).train()
+    made = optimizer.build(model, TRAIN) if ours else _optimizer_of_peer(model)
+    forward = _forward(model, variant, device)
+    return BareStep(forward, model, made, TRAIN.grad_clip, device, autocast)
+
+
+def _own_model(cfg: GPTConfig, variant: Variant) -> nn.Module:
+    return GPTModel(
+        dataclasses.replace(cfg, use_flash=variant.model == ON, drop_rate=variant.dropout)
+    )
+
+
+def _peer(cfg: GPTConfig, variant: Variant) -> nn.Module:
+    """Hugging Face's GPT-2 of the same shape, as it comes, with PyTorch's fused attention."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    p = variant.dropout
+    settings: dict[str, Any] = {
+        "vocab_size": cfg.vocab_size,
+        "n_positions": cfg.context_length,
+        "n_embd": cfg.emb_dim,
+        "n_layer": cfg.n_layers,
+        "n_head": cfg.n_heads,
+        "activation_function": cfg.activation,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), p),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
+        "tie_word_embeddings": cfg.tie_weights,
+        "use_cache": False,
+        "attn_implementation": "sdpa",
+    }
+    model = GPT2LMHeadModel(GPT2Config(**settings))
+    model.loss_type = "ForCausalLM"  # what it takes anyway, but then with a warning
+    return model
+
+
+def _optimizer_of_peer(model: nn.Module) -> Optimizer:
+    """That of `optimizer.build`, by the shape of the parameters, for a model of other classes."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [
+        {"params": [p for p in names if p.dim() > 1], "weight_decay": TRAIN.weight_decay},
+        {"params": [p for p in names if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    betas = (TRAIN.beta1, TRAIN.beta2)
+    adamw = torch.optim.AdamW(groups, lr=TRAIN.lr, betas=betas, fused=True)
+    return Optimizer(names, [adamw])
+
+
+def _forward(model: nn.Module, variant: Variant, device: torch.device) -> Forward:
+    """(ids, targets) -> loss, as the variant's users write it."""
+    call: Callable[..., Any] = model
+    if variant.compiled:
+        # Else the profiler sees one block in place of the kernels that are compiled for the CPU.
+        on_cpu: dict[str, Any] = {"cpp.enable_kernel_profile": True}
+        call = torch.compile(model, options=on_cpu if device.type == "cpu" else None)
+    if not isinstance(model, GPTModel):
+        return lambda ids_BT, _: call(input_ids=ids_BT, labels=ids_BT).loss
+    steps = iter(range(2**31))
+
+    def forward(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        model.set_dropout(dropout_seed(TRAIN.seed, next(steps)), 0)
+        loss: Tensor = call(ids_BT, targets_BT)
+        return loss
+
+    return forward
