@@ -26,7 +26,6 @@ from torch import Tensor
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 NONE = tl.constexpr(-float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 # Pieces of 16 bytes in a tile, and warps of a program. The rows of all programs under way must fit
 # the L2 cache (100 kB each at GPT-2's vocabulary in half precision): two an SM with 32 warps.
@@ -84,7 +83,7 @@ def _row(
             peak = higher
         top = tl.max(peak, 0)
         total = tl.sum(total * tl.exp(peak - top), 0)
-        total = tl.where(known, total, NAN)
+        total = tl.where(known, total, float("nan"))
         tl.store(losses + row, (top - x_target) + tl.log(total))
 
         if gradient:
