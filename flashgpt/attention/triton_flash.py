@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -382,31 +382,33 @@ def _described(x_BNTH: Tensor, rows: int, h: int) -> TensorDescriptor:
     return TensorDescriptor(x_BNTH, x_BNTH.shape, steps, [1, 1, rows, h])
 
 
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
 def _launch(kernel, cut: Tiles, tiles: int, tensors: list, q_BNTH: Tensor, keys: int, masks: Masks,
             *more: int, **flags: bool) -> None:  # fmt: skip
-    """One program for each of the `tiles` of queries or keys of each sequence."""
+    """One program for each of the `tiles` of queries or keys of each sequence.
+
+    A kernel that was launched before with equal numbers is launched as it was compiled: Triton's
+    look at each of its arguments would take the host several times as long as the launch.
+    """
     batch, heads, queries, H = q_BNTH.shape
-    kernel[(batch * heads * tiles,)](
-        *tensors,
-        heads,
-        queries,
-        keys,
-        LOG2_E.value / math.sqrt(H),
-        keep_scale(masks.threshold),
-        masks.threshold - HALF,
-        *more,
-        H=H,
-        h=_padded(H),
-        T=cut.t,
-        S=cut.s,
-        DROPOUT=masks.a_BNT is not None,
-        DOCUMENTS=masks.first_BS is not None,
-        FP32=q_BNTH.dtype == torch.float32,
-        num_warps=cut.warps,
-        num_stages=cut.stages,
-        maxnreg=cut.registers,
-        **flags,
-    )
+    numbers = (heads, queries, keys, LOG2_E.value / math.sqrt(H), keep_scale(masks.threshold))
+    numbers = (*numbers, masks.threshold - HALF, *more)
+    masked = (masks.a_BNT is not None, masks.first_BS is not None)
+    flags_and_type = (*masked, *flags.values(), q_BNTH.dtype == torch.float32)
+    constants = (H, _padded(H), cut.t, cut.s, *flags_and_type)
+    given = [x for x in tensors if isinstance(x, int)]
+    aligned = all(x.data_ptr() % 16 == 0 for x in tensors if isinstance(x, Tensor))
+    key = (kernel, q_BNTH.dtype, q_BNTH.device, cut, aligned, *numbers, *constants, *given)
+    grid = (batch * heads * tiles, 1, 1)
+    if (compiled := _compiled.get(key)) is not None:
+        compiled[grid](*tensors, *numbers, *constants)
+        return
+    options = {"num_warps": cut.warps, "num_stages": cut.stages, "maxnreg": cut.registers}
+    compiled = kernel[grid](*tensors, *numbers, *constants, **options)
+    if not INTERPRETED.value:
+        _compiled[key] = compiled
 
 
 def forward(

@@ -160,12 +160,15 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of q_BNTH, k_BNSH, v_BNSH, or of a packed qkv_BT3NH alone: out_BNTH in q's dtype,
     lse_BNT in fp32 (no gradient)."""
-    q_BNTH, keys_BNSH, _ = split(q, k_BNSH, v_BNSH)
-    batch, heads, queries, _ = q_BNTH.shape
+    if k_BNSH is None:
+        batch, queries, _, heads, _ = q.shape
+        keys = queries
+    else:
+        (batch, heads, queries, _), keys = q.shape, k_BNSH.shape[2]
     a = b = c = first = last = None
     threshold = 0
     if dropout is not None:
-        a, b, c = attention_keys(dropout, batch, heads, queries, keys_BNSH.shape[2])
+        a, b, c = attention_keys(dropout, batch, heads, queries, keys)
         threshold = dropout.threshold
     if documents_BS is not None:
         first, last = tiles.document_starts(documents_BS), tiles.document_ends(documents_BS)
