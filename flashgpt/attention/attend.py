@@ -99,9 +99,8 @@ def attend(
     _check(q_BNTH, k_BNSH, v_BNSH, documents_BT, mask_TS)
     if return_weights or not use_flash:
         kernel = _standard(kernel, "return_weights=True" if use_flash else "use_flash=False")
-    parts = (q_BNTH, k_BNSH, v_BNSH)
     out_BNTH, lse, weights = _serve(
-        parts, parts, dropout, documents_BT, kernel, deterministic, mask_TS
+        (q_BNTH, k_BNSH, v_BNSH), dropout, documents_BT, kernel, deterministic, mask_TS
     )
     if not (return_weights or return_lse):
         return out_BNTH
@@ -126,14 +125,17 @@ def attend_packed(
     where three gradients would have to be put together by a copy. Args and Raises: those of
     `attend`.
     """
-    if qkv_BT3NH.dim() != 5 or qkv_BT3NH.shape[2] != 3:
-        raise ValueError(f"qkv must be [B, T, 3, N, H], got {list(qkv_BT3NH.shape)}")
-    parts = split(qkv_BT3NH)
-    _check(*parts, documents_BT, mask_TS)
+    if qkv_BT3NH.dim() != 5 or qkv_BT3NH.shape[2] != 3 or not min(qkv_BT3NH.shape[1:]):
+        raise ValueError(
+            f"qkv must be [B, T, 3, N, H], none but B empty, got {list(qkv_BT3NH.shape)}"
+        )
+    if qkv_BT3NH.dtype not in DTYPES:
+        raise ValueError(f"qkv must be fp16, bf16, fp32 or fp64, got {qkv_BT3NH.dtype}")
+    batch, length = qkv_BT3NH.shape[:2]
+    _check_masks(batch, length, length, qkv_BT3NH, documents_BT, mask_TS)
     if not use_flash:
         kernel = _standard(kernel, "use_flash=False")
-    packed = (qkv_BT3NH,)
-    return _serve(parts, packed, dropout, documents_BT, kernel, deterministic, mask_TS)[0]
+    return _serve((qkv_BT3NH,), dropout, documents_BT, kernel, deterministic, mask_TS)[0]
 
 
 def _standard(kernel: str | None, asker: str) -> str:
@@ -144,60 +146,63 @@ def _standard(kernel: str | None, asker: str) -> str:
 
 
 def _serve(
-    parts: tuple[Tensor, Tensor, Tensor],
-    packed: tuple[Tensor, ...],
+    tensors: tuple[Tensor, ...],
     dropout: Dropout | None,
     documents_BT: Tensor | None,
     kernel: str | None,
     deterministic: bool,
     mask_TS: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """out, lse and, from standard attention, weights; `packed` goes to kernels that take it."""
+    """out, lse and, from standard attention, weights, of q, k and v or of a packed tensor."""
     if mask_TS is not None and kernel != standard.NAME:
         raise ValueError("mask_TS is for standard attention only; leave it out, or use_flash=False")
     if dropout is not None and not dropout.threshold:
         dropout = None
-    q_BNTH, k_BNSH, v_BNSH = parts
-    queries, keys = q_BNTH.shape[2], k_BNSH.shape[2]
+    like = tensors[0]
+    packed = len(tensors) == 1
+    queries = like.shape[1] if packed else like.shape[2]
+    keys = queries if packed else tensors[1].shape[2]
     name = kernels.resolve(
-        q_BNTH.device.type,
-        q_BNTH.dtype,
-        q_BNTH.shape[3],
+        like.device.type,
+        like.dtype,
+        like.shape[-1],
         bucket(queries),
         shape_of(queries, keys),
         dropout is not None,
         documents_BT is not None,
-        torch.is_grad_enabled()
-        and (q_BNTH.requires_grad or k_BNSH.requires_grad or v_BNSH.requires_grad),
+        torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
         deterministic,
         dropout is not None and dropout.own_masks,
         kernel,
     )
-    if name == standard.NAME:
-        with torch.autocast(q_BNTH.device.type, enabled=False):  # out in q's dtype, as elsewhere
-            return standard.attention(
-                *parts, dropout=dropout, documents_BS=documents_BT, mask_TS=mask_TS
-            )
     served = kernels.KERNELS[name]
-    tensors = packed if served.packed else parts
+    if packed and not served.packed:
+        tensors = split(like)
+    if name == standard.NAME:
+        with torch.autocast(like.device.type, enabled=False):  # out in q's dtype, as elsewhere
+            return standard.attention(
+                *tensors, dropout=dropout, documents_BS=documents_BT, mask_TS=mask_TS
+            )
     out_BNTH, lse = served.attention(*tensors, dropout=dropout, documents_BS=documents_BT)
     return out_BNTH, lse, None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, mask: Tensor | None) -> None:
-    if q.dim() != 4 or k.dim() != 4:
-        raise ValueError(f"q, k, v must be [B, N, T, H], got {list(q.shape)} and {list(k.shape)}")
-    if k.shape != v.shape:
-        raise ValueError(f"v must have k's shape {list(k.shape)}, got {list(v.shape)}")
-    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"k must have q's B, N and H {list(q.shape)}, got {list(k.shape)}")
-    if not 1 <= q.shape[2] <= k.shape[2]:
+    sizes, key_sizes = q.shape, k.shape  # each look makes a new object
+    if len(sizes) != 4 or len(key_sizes) != 4:
+        raise ValueError(f"q, k, v must be [B, N, T, H], got {list(sizes)} and {list(key_sizes)}")
+    if key_sizes != v.shape:
+        raise ValueError(f"v must have k's shape {list(key_sizes)}, got {list(v.shape)}")
+    (batch, heads, queries, head_dim), keys = sizes, key_sizes[2]
+    if key_sizes != (batch, heads, keys, head_dim):
+        raise ValueError(f"k must have q's B, N and H {list(sizes)}, got {list(key_sizes)}")
+    if not 1 <= queries <= keys:
         raise ValueError(
             f"T must be in 1 .. S, so that no query is left without a key, "
-            f"got T {q.shape[2]} and S {k.shape[2]}"
+            f"got T {queries} and S {keys}"
         )
-    if not (q.shape[1] and q.shape[3]):
-        raise ValueError(f"q, k, v must have heads and features, got {list(q.shape)}")
+    if not (heads and head_dim):
+        raise ValueError(f"q, k, v must have heads and features, got {list(sizes)}")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise ValueError(
             f"q, k, v must share one dtype of fp16, bf16, fp32, fp64, "
@@ -205,18 +210,28 @@ def _check(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, mask: Tens
         )
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v must share a device, got {q.device}, {k.device}, {v.device}")
+    if documents is not None or mask is not None:
+        _check_masks(batch, queries, keys, q, documents, mask)
+
+
+def _check_masks(
+    batch: int,
+    queries: int,
+    keys: int,
+    like: Tensor,
+    documents: Tensor | None,
+    mask: Tensor | None,
+) -> None:
     if documents is not None:
-        if documents.shape != (k.shape[0], k.shape[2]):
+        if documents.shape != (batch, keys):
             raise ValueError(
-                f"documents must be [B, S] = {[k.shape[0], k.shape[2]]}, "
-                f"got {list(documents.shape)}"
+                f"documents must be [B, S] = {[batch, keys]}, got {list(documents.shape)}"
             )
         if documents.dtype not in INTEGERS:
             raise ValueError(f"documents must be integers, got {documents.dtype}")
-        if documents.device != q.device:
-            raise ValueError(f"documents must be on {q.device} as q is, got {documents.device}")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (q.shape[2], k.shape[2])):
+        if documents.device != like.device:
+            raise ValueError(f"documents must be on {like.device} as q is, got {documents.device}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (queries, keys)):
         raise ValueError(
-            f"mask must be bool [T, S] = {[q.shape[2], k.shape[2]]}, "
-            f"got {mask.dtype} {list(mask.shape)}"
+            f"mask must be bool [T, S] = {[queries, keys]}, got {mask.dtype} {list(mask.shape)}"
         )

@@ -11,6 +11,7 @@ Legend: B batch, T query positions, S key positions, N heads, H head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,11 +75,8 @@ def supports_cudnn(request: Request) -> str | None:
     return _cuda(request, HALF_TYPES, 128)
 
 
-Operator = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, ...]]
-
-
-def _pinned(operator: Operator) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The table's form of an operator (q, k, v, p, causal) -> (out, lse, ...)."""
+def _pinned(operator: Any, *options: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The table's form of an operator (q, k, v, *options, p, causal) -> (out, lse, ...)."""
 
     def attention(
         q_BNTH: Tensor,
@@ -93,8 +91,8 @@ def _pinned(operator: Operator) -> Callable[..., tuple[Tensor, Tensor]]:
         # The operators take no notice of the last stride (the CPU one reads other memory), so the H
         # features of a row must lie side by side, as F.sdpa makes sure of.
         q, k, v = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_BNTH, k_BNSH, v_BNSH)]
-        out_BNTH, lse, *_ = operator(q, k, v, p, q_BNTH.shape[2] > 1)
-        return out_BNTH, lse  # some pad T, and cuDNN adds a last dimension of 1
+        found = operator(q, k, v, *options, p, q.shape[2] > 1)
+        return found[0], found[1]  # of lse some pad T, and cuDNN adds a last dimension of 1
 
     return attention
 
@@ -102,21 +100,7 @@ def _pinned(operator: Operator) -> Callable[..., tuple[Tensor, Tensor]]:
 # out_BNTH, lse_BNT of PyTorch's CPU flash kernel, of FlashAttention-2 as built into PyTorch, of the
 # memory-efficient (CUTLASS) kernel, and of cuDNN's, which never gets a mask tensor: its backward
 # pass has NaN bugs there.
-attention_cpu = _pinned(
-    lambda q, k, v, p, causal: aten._scaled_dot_product_flash_attention_for_cpu.default(
-        q, k, v, 0.0, causal
-    )
-)
-attention_flash = _pinned(
-    lambda q, k, v, p, causal: aten._scaled_dot_product_flash_attention.default(q, k, v, p, causal)
-)
-attention_efficient = _pinned(
-    lambda q, k, v, p, causal: aten._scaled_dot_product_efficient_attention.default(
-        q, k, v, None, True, p, causal
-    )
-)
-attention_cudnn = _pinned(
-    lambda q, k, v, p, causal: aten._scaled_dot_product_cudnn_attention.default(
-        q, k, v, None, True, p, causal
-    )
-)
+attention_cpu = _pinned(aten._scaled_dot_product_flash_attention_for_cpu.default)
+attention_flash = _pinned(aten._scaled_dot_product_flash_attention.default)
+attention_efficient = _pinned(aten._scaled_dot_product_efficient_attention.default, None, True)
+attention_cudnn = _pinned(aten._scaled_dot_product_cudnn_attention.default, None, True)
