@@ -68,6 +68,7 @@ def run(
     note: Callable[[str], None] = lambda _: None,
     cases: list[verify.Case] | None = None,
     full: bool = False,
+    dtypes: tuple[torch.dtype, ...] = (),
 ) -> Audit:
     """Audits the kernels on `cases` and `model` as a whole.
 
@@ -75,8 +76,9 @@ def run(
         note: hears what is being measured.
         cases: the quick grid when left out, the full one with `full`.
         full: also repeats each kernel FULL_REPEATS instead of REPEATS times.
+        dtypes: of the kernels; those that train on `device` when left out.
     """
-    dtypes = CUDA_DTYPES if device.type == "cuda" else (torch.float32,)
+    dtypes = dtypes or (CUDA_DTYPES if device.type == "cuda" else (torch.float32,))
     if cases is None:
         grid = verify.full_cases if full else verify.quick_cases
         cases = [case for dtype in dtypes for case in grid(dtype)]

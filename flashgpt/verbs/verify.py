@@ -14,6 +14,7 @@ examples:
   flashgpt verify
   flashgpt verify --checkpoint runs/demo
   flashgpt verify --full --json
+  flashgpt verify --full --dtype bf16
   flashgpt verify --run runs/demo
 """
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typing_extensions import Doc
 
@@ -30,6 +31,7 @@ from flashgpt.cli import UsageError
 from flashgpt.verbs.parse import Flag, parse
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from flashgpt.attention.verify import Verdict
@@ -51,6 +53,10 @@ class Args:
     full: Annotated[bool, Flag, Doc("every size and shape of the grid (minutes, not seconds)")] = (
         False
     )
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        Doc("of the kernels; auto: fp32 on a CPU, all three on a GPU"),
+    ] = "auto"
     json: Annotated[bool, Flag, Doc("print one line of JSON, with every comparison")] = False
 
 
@@ -77,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
         model = GPTModel(preset("tiny", vocab_size=512))
     for line in orchestrator.verification():
         out.print(line)
-    found = audit(out, model, args.full)
+    found = audit(out, model, args.full, _dtypes(args.dtype))
     if args.json:
         print(_json(found))
     return 0 if found.passed else 1
@@ -123,14 +129,31 @@ def _prove(out: Console, run: Path, args: Args) -> int:
     return 0 if passed else 1
 
 
-def audit(out: Console, model: GPTModel, full: bool = False) -> Audit:
+def _dtypes(name: str) -> tuple[torch.dtype, ...]:
+    import torch
+
+    from flashgpt.train.runtime import device
+
+    if name == "bf16" and device("auto").type == "cpu":
+        raise UsageError("--dtype bf16 is for a GPU: on some CPUs it ends the process; use fp16")
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return () if name == "auto" else (names[name],)
+
+
+def audit(
+    out: Console, model: GPTModel, full: bool = False, dtypes: tuple[torch.dtype, ...] = ()
+) -> Audit:
     """Runs the audit with a status line; prints table and verdict."""
     from flashgpt.measure.audit import run
     from flashgpt.train.runtime import device
 
     with out.status("verifying") as status:
         found = run(
-            model, device("auto"), lambda text: status.update(f"verifying {text}"), full=full
+            model,
+            device("auto"),
+            lambda text: status.update(f"verifying {text}"),
+            full=full,
+            dtypes=dtypes,
         )
     show(out, found)
     return found
