@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flashgpt.attention.attend import attend
 from flashgpt.attention.dropout import Dropout
-from flashgpt.attention.kernels import KERNELS, refusal
+from flashgpt.attention.kernels import KERNELS
 from flashgpt.attention.request import Request, bucket, shape_of
 from flashgpt.attention.standard import NAME as STANDARD
 from flashgpt.measure import failure
@@ -27,6 +27,8 @@ from flashgpt.measure.clock import MIN_ROUNDS, Call, alternate, device_peak, mil
 from flashgpt.measure.memory import peak_bytes
 
 SDPA, FLEX = "torch F.sdpa", "FlexAttention"
+PLAIN = "matmul, softmax"  # standard attention in half precision throughout, as models write it
+OWN_DROPOUT = ", own dropout"  # behind the name of one of PyTorch's kernels
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -243,10 +245,26 @@ def _attentions(setup: Setup, length: int, dropout: bool) -> dict[str, Attention
             q, k, v, kernel=name, use_flash=name != STANDARD, dropout=draw
         )
 
+    def with_own_dropout(name: str, own: Dropout) -> Attention:
+        return lambda q, k, v: attend(q, k, v, kernel=name, dropout=own)
+
     found = {name: named(name) for name in KERNELS}
+    if draw is not None:
+        own = draw.with_own_masks()
+        torchs = [name for name in KERNELS if name.startswith("sdpa:")]
+        found |= {name + OWN_DROPOUT: with_own_dropout(name, own) for name in torchs}
     found[SDPA] = functools.partial(scaled_dot_product_attention, is_causal=True, dropout_p=p)
+    found[PLAIN] = functools.partial(
+        _plain, torch.ones(length, length, dtype=torch.bool, device=setup.device).triu(1), p
+    )
     found[FLEX] = _flex(length, setup.device)
     return found
+
+
+def _plain(hidden_TT: Tensor, p: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention in PyTorch's operators, scores and softmax in the dtype of q."""
+    scores_BNTT = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden_TT, float("-inf"))
+    return torch.dropout(scores_BNTT.softmax(-1), p, train=p > 0) @ v
 
 
 def _flex(length: int, device: torch.device) -> Attention:
@@ -273,7 +291,10 @@ def _refusal(name: str, setup: Setup, length: int, dropout: bool, gradient: bool
         return "left out, for it compiles about 10 s per length; --flex adds it"
     if name == FLEX and gradient and setup.device.type == "cpu":
         return "has no backward pass on the CPU"
-    if name not in KERNELS:
+    if name == PLAIN and setup.dtype.itemsize > 2:
+        return f"is {STANDARD} in fp32"
+    kernel = name.removesuffix(OWN_DROPOUT)
+    if kernel not in KERNELS:
         return None
     request = Request(
         device=setup.device.type,
@@ -285,8 +306,9 @@ def _refusal(name: str, setup: Setup, length: int, dropout: bool, gradient: bool
         documents=False,
         gradient=gradient,
         deterministic=False,
+        own_masks=kernel != name,
     )
-    return refusal(name, request)
+    return KERNELS[kernel].supports(request)  # known to be bad or not: it is a peer
 
 
 def _failure(name: str, call: Call, device: torch.device) -> str | None:

@@ -11,8 +11,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STANDARD_COLOUR = "#555555"
-COLOURS = ("#c4501b", "#1f5a93", "#2f8f5b", "#8a4fa3", "#c9a227", "#3aa6b9", "#d4679a", "#7a5230")
-MARKERS = "osD^vPX*"
+COLOURS = (
+    *("#c4501b", "#1f5a93", "#2f8f5b", "#8a4fa3", "#c9a227", "#3aa6b9", "#d4679a", "#7a5230"),
+    *("#9aa23a", "#5566cc", "#b04a4a", "#3f7f7f", "#a0785a"),
+)
+MARKERS = "osD^vPX*<>hp8d"
 
 
 def draw_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None:
