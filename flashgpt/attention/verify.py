@@ -277,9 +277,14 @@ def inputs_of(case: Case, seed: int, device: torch.device) -> list[Tensor]:
     lengths = (case.queries, case.keys, case.keys, case.queries)
     shapes = [(case.batch, case.heads, length, case.head_dim) for length in lengths]
     found = [torch.randn(shape, generator=generator) for shape in shapes]
-    if case.values != "normal":
-        _CHANGES[case.values](*found[:3])
+    change(case.values, *found[:3])
     return [x.to(case.dtype).to(device) for x in found]
+
+
+def change(values: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Makes standard normal q, k and v, in place, what `values` names."""
+    if values != "normal":
+        _CHANGES[values](q, k, v)
 
 
 def dropout_of(case: Case, seed: int, device: torch.device) -> Dropout | None:
