@@ -1,9 +1,8 @@
 """What a kernel must survive on a GPU before it may serve a training step.
 
-nan      10,000 forward and backward passes of sdpa:cudnn on odd sizes and hard values, beside ours
-         on the same inputs: how many results hold a value that is not finite where ours does not,
-         and the largest difference in gradients. kernels.PROVEN_CUDNN lists the versions that
-         passed.
+nan      10,000 forward and backward passes of sdpa:cudnn on odd sizes and hard values, whose exact
+         results are finite: which results hold a value that is not. kernels.PROVEN_CUDNN lists the
+         versions that passed.
 repeats  forward and backward of every kernel on the same inputs, 1,000 times, while another stream
          keeps the GPU busy: how many results differ from the first in any bit, tensor by tensor.
 
@@ -33,13 +32,14 @@ from flashgpt.train.checkpoint import write_json
 from flashgpt.train.record import versions
 
 OUT = Path(__file__).with_suffix("")
-SUSPECT, WITNESS = "sdpa:cudnn", "triton"
-LENGTHS = (2, 5, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 320, 448, 511, 577, 704, 1023)
-HEAD_DIMS = (16, 32, 64, 80, 128)
+SUSPECT = "sdpa:cudnn"
+# Few shapes, because cuDNN builds a plan for each; most are odd, some leave 64 of 128.
+LENGTHS = (2, 17, 63, 64, 65, 127, 129, 192, 320, 577, 704, 1023)
+HEAD_DIMS = (64, 128)
 VALUES = ("normal", *verify.VALUES, *verify.SAME_KEYS.values())
 LOOK_EVERY = 250  # steps
 BATCH, HEADS, LENGTH, HEAD_DIM = 8, 12, 1024, 64  # of the repeats
-SECONDS = 20.0  # for the repeats of one kernel, at most
+SECONDS = 8.0  # for the repeats of one kernel, at most
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -63,46 +63,21 @@ def draw(case: Case, generator: torch.Generator) -> list[Tensor]:
 
 
 def nan(steps: int, device: torch.device) -> dict[str, Any]:
-    """Steps of the suspect and of the witness on the same inputs."""
+    """Forward and backward of the suspect, many times."""
     choice, generator = random.Random(0), torch.Generator(device).manual_seed(0)
-    bad, bad_witness, largest, kinds = [], [], 0.0, set()
-    flags: list[tuple[Case, Tensor, Tensor, Tensor]] = []
+    kinds, bad, flags = set(), [], []
     for step in range(steps):
-        case = Case(
-            choice.choice((1, 2, 4)),
-            choice.choice((1, 3, 4)),
-            queries := choice.choice(LENGTHS),
-            queries,
-            choice.choice(HEAD_DIMS),
-            dtype=choice.choice((torch.bfloat16, torch.float16)),
-            values=choice.choice(VALUES),
-        )
+        length = choice.choice(LENGTHS)
+        head_dim, dtype = choice.choice(HEAD_DIMS), choice.choice((torch.bfloat16, torch.float16))
+        case = Case(2, 3, length, length, head_dim, dtype=dtype, values=choice.choice(VALUES))
         kinds.add(str(case))
-        inputs = draw(case, generator)
-        found, witness = (verify.run_case(name, case, 0, inputs) for name in (SUSPECT, WITNESS))
-        gradients = ("dq", "dk", "dv")
-        apart = [(found[x].float() - witness[x].float()).abs().max() for x in gradients]
-        scale = [witness[x].float().abs().max().clamp(min=1e-3) for x in gradients]
-        share = torch.stack([a / s for a, s in zip(apart, scale, strict=True)]).max()
-        flags.append((case, not_finite(found), not_finite(witness), share))
+        flags.append((case, not_finite(verify.run_case(SUSPECT, case, 0, draw(case, generator)))))
         if len(flags) == LOOK_EVERY or step == steps - 1:
-            for judged, suspect, ours, difference in flags:
-                if bool(suspect) and not bool(ours):
-                    bad.append(str(judged))
-                if bool(ours):
-                    bad_witness.append(str(judged))
-                if judged.values == "normal":
-                    largest = max(largest, float(difference))
+            bad += [str(judged) for judged, flag in flags if flag.item()]
             flags.clear()
-    return {
-        "kernel": SUSPECT,
-        "steps": steps,
-        "kinds of calls": len(kinds),
-        "cudnn": torch.backends.cudnn.version(),
-        "not finite": bad,
-        f"not finite in {WITNESS}": bad_witness,
-        "largest difference of a gradient on normal values, as share of its largest": largest,
-    }
+    cudnn = torch.backends.cudnn.version()
+    found = {"kernel": SUSPECT, "cudnn": cudnn, "steps": steps, "kinds of calls": len(kinds)}
+    return {**found, "not finite": bad}
 
 
 def not_finite(found: dict[str, Tensor]) -> Tensor:

@@ -46,6 +46,7 @@ KNOWS_TOP = {"cli": {"verbs"}, "verbs": TOP, "orchestrator": set()}
 NEED_TRITON = {
     "flashgpt.attention.triton_flash",
     "flashgpt.attention.triton_keys",
+    "flashgpt.attention.triton_launch",
     "flashgpt.model.triton_loss",
 }
 

@@ -146,8 +146,15 @@ class Keys(NamedTuple):
     c_S: Tensor
 
 
-@torch.library.custom_op("flashgpt::dropout_keys", mutates_args=())
-def _keys(
+LIBRARY = torch.library.Library("flashgpt", "FRAGMENT")
+LIBRARY.define(
+    "dropout_keys(Tensor seed, Tensor first_row, int layer, int site, int batch, int heads, "
+    "int start, int rows, int columns) -> (Tensor, Tensor, Tensor)"
+)
+_keys = torch.ops.flashgpt.dropout_keys.default
+
+
+def _keys_in_pytorch(
     seed: Tensor,
     first_row: Tensor,
     layer: int,
@@ -169,19 +176,18 @@ def _keys(
     return _signed(word0 | 1), (word1 - HALF).to(torch.int32), _signed(column)
 
 
-@_keys.register_kernel("cuda")
-def _(seed: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _keys_on_cuda(seed: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in one launch, where Triton is there."""
     try:
         from flashgpt.attention import triton_keys
-    except ModuleNotFoundError as error:  # the same by some hundred small launches
+    except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        return _keys._init_fn(seed, *args)  # type: ignore[no-any-return]
+        return _keys_in_pytorch(seed, *args)
     return triton_keys.keys(seed, *args)
 
 
-@_keys.register_fake
-def _(
+def _fake_keys(
     seed: Tensor,
     first_row: Tensor,
     layer: int,
@@ -194,6 +200,11 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     a_BNT = seed.new_empty(batch, heads, rows, dtype=torch.int32)
     return a_BNT, torch.empty_like(a_BNT), seed.new_empty(columns, dtype=torch.int32)
+
+
+LIBRARY.impl("dropout_keys", _keys_in_pytorch, "CompositeExplicitAutograd")
+LIBRARY.impl("dropout_keys", _keys_on_cuda, "CUDA")
+torch.library.register_fake("flashgpt::dropout_keys", _fake_keys, lib=LIBRARY)
 
 
 def attention_keys(dropout: Dropout, batch: int, heads: int, queries: int, keys: int) -> Keys:

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -38,11 +38,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flashgpt.attention import triton_launch
 from flashgpt.attention.dropout import HALF, keep_scale
+from flashgpt.attention.triton_launch import launch
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton_launch.INTERPRETED)
 SMALLEST = tl.constexpr(-126.0)  # exponent of the smallest normal number of fp32
 EXP2_TERMS = tl.constexpr(8)  # of exp's series at up to ln(2) / 2; the next is below 1e-9
 
@@ -382,33 +384,24 @@ def _described(x_BNTH: Tensor, rows: int, h: int) -> TensorDescriptor:
     return TensorDescriptor(x_BNTH, x_BNTH.shape, steps, [1, 1, rows, h])
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
-
-
 def _launch(kernel, cut: Tiles, tiles: int, tensors: list, q_BNTH: Tensor, keys: int, masks: Masks,
             *more: int, **flags: bool) -> None:  # fmt: skip
-    """One program for each of the `tiles` of queries or keys of each sequence.
-
-    A kernel that was launched before with equal numbers is launched as it was compiled: Triton's
-    look at each of its arguments would take the host several times as long as the launch.
-    """
+    """One program for each of the `tiles` of queries or keys of each sequence."""
     batch, heads, queries, H = q_BNTH.shape
-    numbers = (heads, queries, keys, LOG2_E.value / math.sqrt(H), keep_scale(masks.threshold))
-    numbers = (*numbers, masks.threshold - HALF, *more)
+    scales = (LOG2_E.value / math.sqrt(H), keep_scale(masks.threshold))
+    numbers = (heads, queries, keys, *scales, masks.threshold - HALF, *more)
     masked = (masks.a_BNT is not None, masks.first_BS is not None)
-    flags_and_type = (*masked, *flags.values(), q_BNTH.dtype == torch.float32)
-    constants = (H, _padded(H), cut.t, cut.s, *flags_and_type)
-    given = [x for x in tensors if isinstance(x, int)]
-    aligned = all(x.data_ptr() % 16 == 0 for x in tensors if isinstance(x, Tensor))
-    key = (kernel, q_BNTH.dtype, q_BNTH.device, cut, aligned, *numbers, *constants, *given)
-    grid = (batch * heads * tiles, 1, 1)
-    if (compiled := _compiled.get(key)) is not None:
-        compiled[grid](*tensors, *numbers, *constants)
-        return
-    options = {"num_warps": cut.warps, "num_stages": cut.stages, "maxnreg": cut.registers}
-    compiled = kernel[grid](*tensors, *numbers, *constants, **options)
-    if not INTERPRETED.value:
-        _compiled[key] = compiled
+    sizes = (H, _padded(H), cut.t, cut.s)
+    launch(
+        kernel,
+        batch * heads * tiles,
+        (*tensors, *numbers),
+        (*sizes, *masked, *flags.values(), q_BNTH.dtype == torch.float32),
+        q_BNTH.device,
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+        maxnreg=cut.registers,
+    )
 
 
 def forward(

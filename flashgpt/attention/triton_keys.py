@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashgpt.attention.triton_launch import launch
+
 ROUNDS = tl.constexpr(7)
 BLOCK = 1024
 
@@ -56,8 +58,8 @@ def keys(
     b_BNT = torch.empty_like(a_BNT)
     c_S = torch.empty(columns, dtype=torch.int32, device=seed.device)
     total = a_BNT.numel()
-    grid = (math.ceil((total + columns) / BLOCK),)
     tables = (a_BNT, b_BNT, c_S)
     numbers = (layer, site, heads, start, rows, columns, total)
-    _keys[grid](seed, first_row, *tables, *numbers, BLOCK=BLOCK)
+    programs = math.ceil((total + columns) / BLOCK)
+    launch(_keys, programs, (seed, first_row, *tables, *numbers), (BLOCK,), seed.device)
     return tables

@@ -195,13 +195,18 @@ def full_cases(dtype: torch.dtype = torch.float32) -> list[Case]:
     pairs = ((1, 239), (3, 799), (127, 512), (113, 203), (1023, 1024), (1, 1025))
     cases = quick_cases(dtype)
     for p in (0.0, 0.1, 0.5):
-        more = [Case(2, 3, t, t, 64, p) for t in lengths]
-        more += [Case(2, 2, t, s, 64, p) for t, s in pairs]
+        more = [Case(_batch(t), 3, t, t, 64, p) for t in lengths]
+        more += [Case(_batch(t), 3, t, s, 64, p) for t, s in pairs]
         more += [Case(2, 2, 130, 130, head_dim, p) for head_dim in (16, 32, 80, 96, 128)]
         more += [Case(1, 2, t, t, 64, p) for t in (1024, 1025, 2049)]
         more += [Case(2, 2, t, s, 32, p, True) for t, s in ((65, 65), (513, 513), (50, 300))]
         cases += [dataclasses.replace(case, dtype=dtype) for case in more]
     return cases
+
+
+def _batch(queries: int) -> int:
+    """Sequences of three heads that hold enough elements for MIN_SEEDS to do."""
+    return max(2, math.ceil(MIN_ELEMENTS / MIN_SEEDS / (3 * queries)))
 
 
 def _sharp(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -15,9 +15,19 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashgpt.attention import kernels
+from flashgpt.attention.request import Request
 from flashgpt.measure import bench_attention as bench
 from flashgpt.measure import clock
-from flashgpt.measure.bench_attention import FLEX, SDPA, Setup, Timing, flop, measure
+from flashgpt.measure.bench_attention import (
+    FLEX,
+    OWN_DROPOUT,
+    PLAIN,
+    SDPA,
+    Setup,
+    Timing,
+    flop,
+    measure,
+)
 
 CPU = torch.device("cpu")
 SETUP = Setup((8, 32), 64, 2, 16, 0.1, torch.float32, CPU, rounds=3)
@@ -90,13 +100,38 @@ def test_refusals_carry_the_reason_of_the_table() -> None:
     assert found[FLEX, True].reason == "has no dropout"
     assert "--flex adds it" in found[FLEX, False].reason
     measured = {(row.kernel, row.dropout) for row in measure(SETUP).rows}
-    every = {*kernels.KERNELS, SDPA, FLEX}
-    assert {(name, p) for name in every for p in (False, True)} == measured | set(found)
+    every = {(name, p) for name in (*kernels.KERNELS, SDPA, PLAIN, FLEX) for p in (False, True)}
+    own = {(name + OWN_DROPOUT, True) for name in kernels.KERNELS if name.startswith("sdpa:")}
+    assert every | own == measured | set(found)
+
+
+def test_a_kernel_known_to_be_bad_is_measured_as_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels.KNOWN_BAD, "blocked", (lambda request: True, "wrong"))
+    found = measure(_setup(lengths=(8,), dropout=0.0))
+    assert "blocked" in {row.kernel for row in found.rows}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_the_plain_peer_is_attention(p: float) -> None:
+    q, k, v = torch.randn(3, 2, 3, 9, 16, dtype=torch.float64).unbind()
+    hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    torch.manual_seed(0)
+    out = bench._plain(hidden, p, q, k, v)
+    if not p:
+        exact = scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.testing.assert_close(out, exact)
+    else:  # with values of one, a row adds up what was kept, scaled
+        torch.manual_seed(0)
+        sums = bench._plain(hidden, p, q, k, torch.ones_like(v))
+        assert sums.min() < 0.9 and sums.max() > 1.1 and abs(sums.mean() - 1) < 0.3
 
 
 def test_a_kernel_without_backward_has_forward_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = (lambda request: request.gradient, "wrong gradients")
-    monkeypatch.setitem(kernels.KNOWN_BAD, "blocked", bad)
+    def forward_only(request: Request) -> str | None:
+        return "wrong gradients" if request.gradient else None
+
+    refusing = dataclasses.replace(kernels.KERNELS["blocked"], supports=forward_only)
+    monkeypatch.setitem(kernels.KERNELS, "blocked", refusing)
     found = measure(_setup(lengths=(8,), dropout=0.0))
     (row,) = [row for row in found.rows if row.kernel == "blocked"]
     (standard,) = [row for row in found.rows if row.kernel == "standard"]
