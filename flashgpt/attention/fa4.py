@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 from flashgpt.attention.dropout import Dropout
-from flashgpt.attention.packed import room, room_for_gradients, split
+from flashgpt.attention.packed import (
+    refuse_second_derivative,
+    room,
+    room_for_gradients,
+    split,
+)
 from flashgpt.attention.request import Request
 from flashgpt.attention.sdpa import HALF_TYPES, aten
 
@@ -68,6 +73,8 @@ def _forward(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Ten
     if 1 < queries == keys <= CUDNN_UP_TO:
         cudnn = aten._scaled_dot_product_cudnn_attention.default
         out_BNTH, lse_BNT1, *_ = cudnn(q_BNTH, k_BNSH, v_BNSH, None, True, 0.0, True)
+        # Laid out as q is, which is as `_fake` says for views of the packed tensor only.
+        out_BNTH = out_BNTH.transpose(1, 2).contiguous().transpose(1, 2)
         return out_BNTH, lse_BNT1.view(q_BNTH.shape[:3])
     from flash_attn.cute.interface import _flash_attn_fwd
 
@@ -108,6 +115,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("fa4")
         grads = backward(dout, *ctx.saved_tensors)
         return (*grads, *[None] * (3 - len(grads)))
 

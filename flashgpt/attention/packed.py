@@ -33,3 +33,9 @@ def room_for_gradients(q: Tensor, k_BNSH: Tensor | None, v_BNSH: Tensor | None) 
     if k_BNSH is None or v_BNSH is None:
         return [torch.empty_like(q, memory_format=torch.contiguous_format)]
     return [room(x, x.dtype) for x in (q, k_BNSH, v_BNSH)]
+
+
+def refuse_second_derivative(kernel: str) -> None:
+    """For the backward operator of a kernel, which autograd would take for a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{kernel} has no second derivative; use_flash=False has")

@@ -18,7 +18,12 @@ from torch import Tensor
 
 from flashgpt.attention import blocked, tiles
 from flashgpt.attention.dropout import Dropout, attention_keys
-from flashgpt.attention.packed import room, room_for_gradients, split
+from flashgpt.attention.packed import (
+    refuse_second_derivative,
+    room,
+    room_for_gradients,
+    split,
+)
 from flashgpt.attention.request import Request
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -132,6 +137,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("triton")
         q, k, v, out, lse, low, a, b, c, first, last = ctx.saved_tensors
         grads = backward(dout, q, k, v, out, lse, low, a, b, c, ctx.threshold, first, last)
         return (*grads, *[None] * (10 - len(grads)))
