@@ -6,6 +6,7 @@ CPU's bit for bit, training and generation on either setting of the switch.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from flashgpt import GPTModel
-from flashgpt.attention import verify
+from flashgpt.attention import fa4, kernels, verify
 from flashgpt.attention.dropout import Dropout, attention_keep, element_keep
 from flashgpt.attention.kernels import choose
 from flashgpt.attention.request import Request
@@ -34,6 +35,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 CUDA = torch.device("cuda")
+FA4 = {"fa4"} if torch.cuda.is_available() and not fa4._missing() else set()
 CFG = {
     "vocab_size": 300,
     "context_length": 128,
@@ -54,8 +56,8 @@ def test_every_kernel_is_within_the_rule(dtype: torch.dtype) -> None:
     ]
     assert not over, "\n".join(over)
     served = {row.kernel for row in rows}
-    half = {"sdpa:flash", "sdpa:efficient"} if dtype != torch.float32 else set()
-    assert served == {"standard", "blocked"} | half
+    half = {"sdpa:flash", "sdpa:efficient", *FA4} if dtype != torch.float32 else set()
+    assert served == {"standard", "blocked", "triton"} | half
 
 
 @pytest.mark.parametrize("seed", [0, 1, -(2**63), 2**63 - 1])
@@ -74,15 +76,21 @@ def test_a_whole_model_passes_the_audit() -> None:
     torch.manual_seed(0)
     found = audit.run(GPTModel(CFG), CUDA, cases=[])
     assert found.passed, [row for row in found.rows if not row.passed]
-    assert found.checks[audit.MASKS] == {"standard": True, "blocked": True}
+    assert found.checks[audit.MASKS] == {"standard": True, "blocked": True, "triton": True}
 
 
-@pytest.mark.parametrize(("gradient", "kernel"), [(True, "sdpa:flash"), (False, "sdpa:cudnn")])
-def test_cudnn_serves_only_without_a_gradient(gradient: bool, kernel: str) -> None:
+@pytest.mark.parametrize(("gradient", "kernel"), [(True, "triton"), (False, "sdpa:cudnn")])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_cudnn_serves_only_without_a_gradient(
+    gradient: bool, deterministic: bool, kernel: str
+) -> None:
+    """And where FlashAttention-4 does not come first."""
     request = Request(
-        "cuda", torch.bfloat16, 64, 1024, "square", False, False, gradient, deterministic=False
+        "cuda", torch.bfloat16, 64, 1024, "square", False, False, gradient, deterministic
     )
-    assert choose(request).kernel == kernel
+    fa4_serves = FA4 and not (deterministic and gradient)
+    assert choose(request).kernel == ("fa4" if fa4_serves else kernel)
+    assert choose(dataclasses.replace(request, dropout=True)).kernel == "triton"
 
 
 def weights_after_muon(
@@ -158,8 +166,11 @@ def test_activation_checkpointing_changes_no_bit_and_takes_less_memory(use_flash
                 loss = model(ids, ids)
             loss.backward()
 
+        kernels.clear_receipt()
         with runtime.repeating(True):
             step()
+            (line,) = kernels.receipt()
+            assert line.startswith(f"{'triton' if use_flash else 'standard'} served cuda, bfloat16")
             found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
             peaks.append(peak_bytes(step, CUDA))
     assert all(map(torch.equal, *found))

@@ -112,7 +112,8 @@ def audit_properties(
     def record(what: str, name: str, held: bool) -> None:
         checks[what][name] = checks[what].get(name, True) and held
 
-    for case in (verify.Case(2, 3, 65, 65, 16, 0.1), verify.Case(1, 2, 33, 70, 16, 0.1)):
+    for batch, queries in ((2, 72), (2, 65), (1, 33)):
+        case = verify.Case(batch, 3, queries, 72, 16, 0.1)
         for name, equal in properties.masks_equal(case, device).items():
             record(MASKS, name, equal)
     length = GROWTH_LENGTH[device.type]
