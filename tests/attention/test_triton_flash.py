@@ -26,6 +26,9 @@ from flashgpt.attention.verify import Case
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from flashgpt.attention import triton_flash
 from flashgpt.attention.triton_flash import Masks, Tiles
 
@@ -310,3 +313,22 @@ def test_the_cut_of_a_call_depends_on_its_kind_only() -> None:
     long = torch.empty(1, 1, triton_flash.LONG + 1, 64, dtype=FP16)
     found = [triton_flash.tiles("backward_kv", x, True) for x in (long[:, :, 1:], long)]
     assert found == [triton_flash.DROPOUT_KV, triton_flash.DROPOUT_KV_LONG]
+
+
+@triton.jit
+def _powers(X, Y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(Y + i, triton_flash._exp2(tl.load(X + i), True))
+
+
+def test_powers_of_two_in_fp32_err_by_roundings_only() -> None:
+    """One rounding of the result and one of the fraction times ln(2), which is below 0.35."""
+    x = torch.cat((torch.linspace(-126, 0, 4090), torch.tensor([-0.5, 0.5, 1, 126, 0, -126])))
+    y = torch.empty_like(x)
+    _powers[(1,)](x, y, N=x.numel())
+    exact = x.double().exp2()
+    assert float(((y - exact) / exact).abs().max()) <= 1.5 * 2.0**-24 * (1 + 0.35)
+    assert torch.equal(y[-2:], torch.tensor([1.0, 2.0**-126]))
+    low = torch.tensor([-126.5, -1e4, -torch.inf, -127.0])
+    _powers[(1,)](low, y, N=4)
+    assert not y[:4].any()
