@@ -182,7 +182,7 @@ def _forward(
             acc_th = tl.dot(p_ts.to(v_sh.dtype), v_sh, acc_th, input_precision=PRECISION)
             m_t = m_new
     out_th = acc_th * (keep_scale / l_t)[:, None]
-    tl.store(Lse + row_t, (m_t + tl.log2(l_t)) * LN_2, t < queries)
+    tl.store(Lse + row_t, m_t * LN_2 + tl.log(l_t), t < queries)
     wide = heads * H
     _store(Out, queries * wide, H, wide, b, n, t0, queries, out_th, H)
     if LOW:

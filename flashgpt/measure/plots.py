@@ -79,7 +79,7 @@ def draw_attention(rows: Sequence[dict[str, Any]], folder: Path, title: str) -> 
     memory = _against_length(rows, lambda row: row["peak_bytes"] / 2**20)
     for axes in memory.axes:
         axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.{0 if value >= 1 else 3}f}")
     memory.axes[0].set_ylabel("peak memory beside q, k, v (MiB)")
     memory.suptitle(f"causal attention, forward + backward\n{title}", fontsize=11)
     write(memory, folder / "memory.png")
@@ -112,7 +112,7 @@ def _against_length(
         axes.set_xlabel("sequence length T (tokens)")
         axes.grid(alpha=0.3)
     figure.legend(
-        list(lines.values()), list(lines), loc="outside lower center", ncols=6, frameon=False
+        list(lines.values()), list(lines), loc="outside lower center", ncols=5, frameon=False
     )
     return figure
 
@@ -127,9 +127,10 @@ def _panel(
     """Draws one line per kernel; `lines` gets those of names that are new."""
     names = [name for name in dict.fromkeys(row["kernel"] for row in every) if name != "standard"]
     for name in dict.fromkeys(row["kernel"] for row in rows):
-        mine = [row for row in rows if row["kernel"] == name]
+        own = [row for row in rows if row["kernel"] == name]
+        mine = [row for row in own if row["forward_backward"]] or own
         i = -1 if name == "standard" else names.index(name)
-        label = name if all(row["forward_backward"] for row in mine) else f"{name} (forward only)"
+        label = name if mine[0]["forward_backward"] else f"{name} (forward only)"
         (line,) = axes.plot(
             [row["length"] for row in mine],
             [value(row) for row in mine],

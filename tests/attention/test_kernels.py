@@ -15,8 +15,8 @@ from flashgpt.attention.kernels import KERNELS, choose
 from flashgpt.attention.request import T_BUCKETS, Request, bucket, shape_of
 
 CPU = Request("cpu", torch.float32, 64, 64, "square", False, False, True, False)
-CUDA = dataclasses.replace(CPU, device="cuda", dtype=torch.bfloat16)
-NAN = "NaN in its backward pass (github.com/pytorch/pytorch/issues/196678)"
+CUDA = dataclasses.replace(CPU, device="cuda", dtype=torch.bfloat16, t_bucket=1024)
+NAN = "(github.com/pytorch/pytorch/issues/196678)"
 
 
 @pytest.fixture(autouse=True)
@@ -63,12 +63,26 @@ def test_choice_per_kind_of_call(request_: Request, kernel: str) -> None:
 
 
 def test_a_known_bad_case_is_passed_over_and_says_why() -> None:
-    assert dict(choose(CUDA).refused)["sdpa:cudnn"] == NAN
+    assert dict(choose(CUDA).refused)["sdpa:cudnn"].endswith(NAN)
     half = dataclasses.replace(CPU, dtype=torch.float16)
     assert KERNELS["sdpa:cpu"].supports(half) is None
     ((kernel, reason),) = choose(half).refused
     assert kernel == "sdpa:cpu" and "fp16" in reason
     assert choose(CUDA) is choose(dataclasses.replace(CUDA))  # decided once
+
+
+def test_what_the_audit_found_over_budget_is_refused() -> None:
+    for name, change, part in (
+        ("fa4", {"head_dim": 16}, "H 64 alone"),
+        ("sdpa:flash", {"t_bucket": 64}, "T 2"),
+        ("sdpa:efficient", {"t_bucket": 64}, "T 2 and 3"),
+        ("sdpa:efficient", {"dtype": torch.float32}, "fp32"),
+    ):
+        conditions = [why for bad, why in kernels.KNOWN_BAD[name] if bad(CUDA)]
+        assert conditions == [], "the usual call is served"
+        changed = dataclasses.replace(dataclasses.replace(CUDA, t_bucket=1024), **change)
+        (why,) = [why for bad, why in kernels.KNOWN_BAD[name] if bad(changed)]
+        assert part in why
 
 
 def test_every_kernel_of_the_order_is_in_the_table() -> None:

@@ -98,11 +98,11 @@ def test_a_kernel_gets_the_packed_tensor_only_where_it_takes_it(
 @pytest.mark.parametrize(
     ("shape", "options", "message"),
     [
-        ((2, 9, 2, 8), {}, r"qkv must be \[B, T, 3, N, H\], got \[2, 9, 2, 8\]"),
-        ((2, 3, 9, 2, 8), {}, r"qkv must be \[B, T, 3, N, H\], got \[2, 3, 9, 2, 8\]"),
+        ((2, 9, 2, 8), {}, r"qkv must be \[B, T, 3, N, H\].* got \[2, 9, 2, 8\]"),
+        ((2, 3, 9, 2, 8), {}, r"qkv must be \[B, T, 3, N, H\].* got \[2, 3, 9, 2, 8\]"),
         ((2, 9, 3, 2, 8, 1), {}, r"qkv must be \[B, T, 3, N, H\]"),
-        ((2, 0, 3, 2, 8), {}, "T must be in 1 .. S"),
-        ((2, 9, 3, 0, 8), {}, "must have heads and features"),
+        ((2, 0, 3, 2, 8), {}, "none but B empty"),
+        ((2, 9, 3, 0, 8), {}, "none but B empty"),
         (
             (2, 9, 3, 2, 8),
             {"use_flash": False, "kernel": "blocked"},

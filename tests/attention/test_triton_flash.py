@@ -90,6 +90,7 @@ def audit(case: Case) -> dict[str, verify.Verdict]:
         Case(1, 1, 65, 65, 16, 0.1, dtype=FP32),
         Case(1, 1, 33, 100, 16, documents=True, dtype=FP32),
         *(Case(1, 1, 33, 33, 16, values=values, dtype=FP32) for values in verify.VALUES),
+        Case(2, 2, 100, 130, 16, values=verify.SAME_KEYS[1.0], dtype=FP32),
     ],
     ids=str,
 )

@@ -106,7 +106,7 @@ def test_refusals_carry_the_reason_of_the_table() -> None:
 
 
 def test_a_kernel_known_to_be_bad_is_measured_as_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels.KNOWN_BAD, "blocked", (lambda request: True, "wrong"))
+    monkeypatch.setitem(kernels.KNOWN_BAD, "blocked", ((lambda request: True, "wrong"),))
     found = measure(_setup(lengths=(8,), dropout=0.0))
     assert "blocked" in {row.kernel for row in found.rows}
 
