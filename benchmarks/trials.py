@@ -1,8 +1,7 @@
 """What a kernel must survive on a GPU before it may serve a training step.
 
 nan      10,000 forward and backward passes of sdpa:cudnn on odd sizes and hard values, whose exact
-         results are finite: which results hold a value that is not. kernels.PROVEN_CUDNN lists the
-         versions that passed.
+         results are finite: which results hold a value that is not.
 repeats  forward and backward of every kernel on the same inputs, 1,000 times, while another stream
          keeps the GPU busy: how many results differ from the first in any bit, tensor by tensor.
 
