@@ -90,7 +90,9 @@ def _pinned(operator: Any, *options: Any) -> Callable[..., tuple[Tensor, Tensor]
         p = 0.0 if dropout is None else dropout.p
         # The operators take no notice of the last stride (the CPU one reads other memory), so the H
         # features of a row must lie side by side, as F.sdpa makes sure of.
-        q, k, v = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_BNTH, k_BNSH, v_BNSH)]
+        q, k, v = q_BNTH, k_BNSH, v_BNSH
+        if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+            q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
         found = operator(q, k, v, *options, p, q.shape[2] > 1)
         return found[0], found[1]  # of lse some pad T, and cuDNN adds a last dimension of 1
 
