@@ -9,7 +9,8 @@ Legend: B batch, T query positions, S key positions, N heads, H head dim.
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
+import importlib.metadata
 from typing import Any
 
 import torch
@@ -30,11 +31,17 @@ CUDNN_UP_TO = 2048  # tokens; measured on an H100 (torch 2.11, cuDNN 9.19)
 
 @functools.cache
 def _missing() -> str | None:
-    """Why the package cannot be used on this machine, or None."""
-    if not (importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")):
+    """Why the package cannot be used on this machine, or None; imports it, which takes seconds."""
+    try:
+        importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
         return "needs the package flash-attn-4: pip install 'flashgpt[fa4]'"
     if torch.cuda.get_device_capability() < (9, 0):
         return f"needs a Hopper GPU or newer, got {torch.cuda.get_device_name()}"
+    try:
+        importlib.import_module("flash_attn.cute.interface")
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"flash-attn-4 cannot be imported: {type(error).__name__}: {error}".splitlines()[0]
     return None
 
 
@@ -42,8 +49,6 @@ def supports(request: Request) -> str | None:
     """Reason why FlashAttention-4 cannot serve, or None."""
     if request.device != "cuda":
         return f"runs on CUDA, data is on {request.device}"
-    if reason := _missing():
-        return reason
     if request.dtype not in HALF_TYPES:
         return f"has no {str(request.dtype).removeprefix('torch.')}"
     if request.head_dim % 8 or request.head_dim > 128:
@@ -54,7 +59,7 @@ def supports(request: Request) -> str | None:
         return "has no document mask"
     if request.deterministic and request.gradient:
         return "its backward adds up dQ in no fixed order"
-    return None
+    return _missing()
 
 
 LIBRARY = torch.library.Library("flashgpt", "FRAGMENT")
@@ -69,6 +74,8 @@ backward = torch.ops.flashgpt.fa4_backward.default
 def _forward(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor]:
     """out_BNTH and lse_BNT."""
     q_BNTH, k_BNSH, v_BNSH = split(q, k, v)
+    if not q_BNTH.numel():
+        return _fake(q, k, v)
     queries, keys = q_BNTH.shape[2], k_BNSH.shape[2]
     if 1 < queries == keys <= CUDNN_UP_TO:
         cudnn = aten._scaled_dot_product_cudnn_attention.default
@@ -111,6 +118,7 @@ class _Gradient(torch.autograd.Function):
             out, lse = forward(q, k, v)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
         return out, lse
 
     @staticmethod

@@ -184,10 +184,11 @@ def _forward(
     out_th = acc_th * (keep_scale / l_t)[:, None]
     tl.store(Lse + row_t, m_t * LN_2 + tl.log(l_t), t < queries)
     wide = heads * H
-    _store(Out, queries * wide, H, wide, b, n, t0, queries, out_th, H)
+    whole = tl.cast(queries, tl.int64) * wide
+    _store(Out, whole, H, wide, b, n, t0, queries, out_th, H)
     if LOW:
         out_th -= out_th.to(Out.dtype.element_ty).to(tl.float32)
-        _store(Low, queries * wide, H, wide, b, n, t0, queries, out_th, H)
+        _store(Low, whole, H, wide, b, n, t0, queries, out_th, H)
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -322,10 +323,10 @@ HALF_TILES = {
     "backward_kv": {64: Tiles(64, 64, 4, 2), 128: Tiles(64, 64, 4, 2)},
 }
 FP32_TILES = Tiles(32, 32, 8, 1)
-# Three programs a multiprocessor, where dropout's registers would leave room for two.
+# Three programs a multiprocessor, where dropout's registers would leave room for two; pays at
+# T 1024 and not at 4096.
 DROPOUT_KV = Tiles(64, 64, 4, 2, 168)
-DROPOUT_KV_LONG = Tiles(64, 64, 4, 3)
-LONG = 2048  # tokens
+DROPOUT_KV_UP_TO = 2048  # tokens
 
 
 def tiles(kernel: str, q_BNTH: Tensor, dropout: bool) -> Tiles:
@@ -333,8 +334,8 @@ def tiles(kernel: str, q_BNTH: Tensor, dropout: bool) -> Tiles:
     if q_BNTH.dtype == torch.float32:
         return FP32_TILES
     h = max(64, _padded(q_BNTH.shape[3]))
-    if kernel == "backward_kv" and dropout and h == 64:
-        return DROPOUT_KV if q_BNTH.shape[2] <= LONG else DROPOUT_KV_LONG
+    if kernel == "backward_kv" and dropout and h == 64 and q_BNTH.shape[2] <= DROPOUT_KV_UP_TO:
+        return DROPOUT_KV
     return HALF_TILES[kernel][h]
 
 

@@ -1,6 +1,8 @@
 """The keys of the dropout law in one launch: Philox4x32-7 in Triton, by Triton's own `tl.philox`.
 
 dropout.py owns the law and the definition; this file is imported when the first CUDA tensor comes.
+
+Legend: B batch, T rows (query positions), S columns (key positions), N heads.
 """
 
 from __future__ import annotations

@@ -7,8 +7,10 @@ divisible by 16. A launch with the same integers, types and alignment needs the 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -21,30 +23,36 @@ def launch(
     programs: int,
     arguments: tuple[Any, ...],
     constants: tuple[Any, ...],
-    device: Any,
+    device: torch.device,
     **options: Any,
 ) -> None:
-    """kernel[programs](*arguments, *constants), as compiled where that was launched before.
+    """kernel[programs](*arguments, *constants) on `device`, as compiled where it was before.
 
     Args:
         arguments: tensors, descriptors (whose addresses are aligned), numbers and None.
         constants: of the kernel's tl.constexpr parameters, which come last.
-        device: where the tensors are.
-        options: num_warps and the like; fixed for equal constants.
+        device: where the tensors are; Triton launches on the current one.
+        options: num_warps and the like.
     """
     grid = (programs, 1, 1)
     if INTERPRETED:
         kernel[grid](*arguments, *constants, **options)
         return
-    key = (kernel, device, constants, *[_kind(x) for x in arguments])
-    if (compiled := _compiled.get(key)) is None:
-        _compiled[key] = kernel[grid](*arguments, *constants, **options)
-    else:
-        compiled[grid](*arguments, *constants)
+    key = (kernel, device, constants, *options.values(), *[_kind(x) for x in arguments])
+    elsewhere = device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        if (compiled := _compiled.get(key)) is None:
+            _compiled[key] = kernel[grid](*arguments, *constants, **options)
+        else:
+            compiled[grid](*arguments, *constants)
 
 
 def _kind(x: Any) -> Any:
-    """What a kernel may be compiled for: more than Triton asks, so never too little."""
+    """What of an argument a kernel is compiled for."""
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
-    return (x.base.dtype, *x.block_shape) if hasattr(x, "block_shape") else x
+    if isinstance(x, int):
+        return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
+    if isinstance(x, float) or x is None:
+        return type(x)
+    return (x.base.dtype, *x.block_shape)

@@ -33,6 +33,8 @@ def supports(request: Request) -> str | None:
     """Reason why the Triton kernels cannot serve, or None."""
     if request.device != "cuda":
         return f"runs on CUDA, data is on {request.device}"
+    if torch.version.hip is not None:
+        return "is written for NVIDIA's GPUs"
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton"
     if request.dtype not in DTYPES:
@@ -133,6 +135,7 @@ class _Gradient(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, lse, low, a, b, c, first, last)
         ctx.threshold = threshold
         ctx.mark_non_differentiable(lse, low)
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
         return out, lse, low
 
     @staticmethod

@@ -8,10 +8,10 @@ pytest tests/attention/test_fa4.py
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,25 +59,40 @@ def test_what_is_missing_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("installed", "capability", "reason"),
+    ("package", "capability", "reason"),
     [
-        ((), (9, 0), "needs the package flash-attn-4: pip install 'flashgpt[fa4]'"),
-        (("flash_attn",), (9, 0), "needs the package flash-attn-4"),  # an older one
-        (("flash_attn", "flash_attn.cute"), (8, 9), "needs a Hopper GPU or newer, got Some GPU"),
-        (("flash_attn", "flash_attn.cute"), (9, 0), None),
-        (("flash_attn", "flash_attn.cute"), (10, 0), None),
+        (None, (9, 0), "needs the package flash-attn-4: pip install 'flashgpt[fa4]'"),
+        ("", (8, 9), "needs a Hopper GPU or newer, got Some GPU"),
+        ("raise ImportError('undefined symbol')", (9, 0), "ImportError: undefined symbol"),
+        ("raise RuntimeError('no CTK flavor')", (9, 0), "RuntimeError: no CTK flavor"),
+        ("", (9, 0), None),
+        ("", (10, 0), None),
     ],
 )
 def test_it_needs_its_package_and_a_gpu(
-    installed: tuple[str, ...],
+    package: str | None,
     capability: tuple[int, int],
     reason: str | None,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
+    """The package may be there and broken, as one built for another torch is."""
+    for name in [name for name in sys.modules if name.startswith("flash_attn")]:
+        monkeypatch.delitem(sys.modules, name)
+    if package is not None:
+        (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+        (tmp_path / "flash_attn" / "__init__.py").write_text(package)
+        (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+        (tmp_path / "flash_attn" / "cute" / "interface.py").touch()
+        (tmp_path / "flash_attn_4-4.0.0.dist-info").mkdir()
+        described = "Metadata-Version: 2.1\nName: flash-attn-4\nVersion: 4.0.0\n"
+        (tmp_path / "flash_attn_4-4.0.0.dist-info" / "METADATA").write_text(described)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     found = fa4._missing.__wrapped__()
+    for name in [name for name in sys.modules if name.startswith("flash_attn")]:
+        monkeypatch.delitem(sys.modules, name)
     assert found is None if reason is None else found is not None and reason in found
 
 

@@ -311,9 +311,9 @@ def test_the_cut_of_a_call_depends_on_its_kind_only() -> None:
                 triton_flash.tiles(kind, q.expand(3, 2, -1, -1), False)
                 == (triton_flash.HALF_TILES[kind][h])
             )
-    long = torch.empty(1, 1, triton_flash.LONG + 1, 64, dtype=FP16)
+    long = torch.empty(1, 1, triton_flash.DROPOUT_KV_UP_TO + 1, 64, dtype=FP16)
     found = [triton_flash.tiles("backward_kv", x, True) for x in (long[:, :, 1:], long)]
-    assert found == [triton_flash.DROPOUT_KV, triton_flash.DROPOUT_KV_LONG]
+    assert found == [triton_flash.DROPOUT_KV, triton_flash.HALF_TILES["backward_kv"][64]]
 
 
 @triton.jit

@@ -218,6 +218,21 @@ def test_what_it_serves(
     assert found is None if reason is None else found is not None and reason in found
 
 
+def test_no_zeros_are_made_for_what_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    backward = triton_op._Gradient.backward
+
+    def recorded(ctx: Any, *grads: Any) -> Any:
+        given.extend(grads)
+        return backward(ctx, *grads)
+
+    monkeypatch.setattr(triton_op._Gradient, "backward", staticmethod(recorded))
+    qkv = packed()
+    out, _ = triton_op.attention(qkv, dropout=None, documents_BS=None)
+    out.sum().backward()
+    assert qkv.grad is not None and given[1:] == [None, None]
+
+
 def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert triton_op.supports(CUDA) == "needs the package triton"
