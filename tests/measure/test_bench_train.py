@@ -91,6 +91,18 @@ def test_numbers_of_a_row_agree(found: Result) -> None:
         assert row.first_step_seconds > 0
 
 
+@pytest.mark.parametrize("peaks", [(1e9, 4e9), (4e9, 1e9)])
+def test_the_better_of_two_peaks_counts(
+    peaks: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter(peaks)
+    monkeypatch.setattr(bench, "device_peak", lambda *_: next(measured))
+    found = measure(_setup(dropouts=(0.0,), peers=False))
+    assert found.peak_flop_per_second == 4e9 and found.rows
+    for row in found.rows:
+        assert row.mfu == pytest.approx(found.flop_per_token * row.tokens_per_second / 4e9)
+
+
 def test_memory_counts_weights_gradients_and_optimizer_state(found: Result) -> None:
     for row in found.rows:
         activations = row.peak_bytes - 4 * 4 * found.parameters
