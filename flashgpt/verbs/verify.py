@@ -76,6 +76,7 @@ def main(argv: Sequence[str]) -> int:
         return _prove(out, Path(args.run), args)
     if args.steps is not None:
         raise UsageError("--steps is for --run; name a run, or leave it out")
+    dtypes = _dtypes(args.dtype)
     if args.checkpoint:
         model, _ = load(args.checkpoint)
     else:
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         model = GPTModel(preset("tiny", vocab_size=512))
     for line in orchestrator.verification():
         out.print(line)
-    found = audit(out, model, args.full, _dtypes(args.dtype))
+    found = audit(out, model, args.full, dtypes)
     if args.json:
         print(_json(found))
     return 0 if found.passed else 1

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from flashgpt import config, orchestrator
 from flashgpt.attention import kernels, verify
@@ -66,3 +67,15 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_measured(
         flip(path / "model.safetensors", 5000)
     ran = cli("verify", "--checkpoint", copied.folder)
     assert "has no good checkpoint" in ran.error(1) and ran.out == ""
+
+
+def test_one_precision_is_audited_alone(trained: Any, cli: Cli) -> None:
+    shown = cli("verify", "--checkpoint", trained.folder, "--dtype", "fp16").done()
+    audited = [line for line in shown.splitlines() if line.split()[:2] == ["blocked", "out"]]
+    assert audited and all("float16" in line for line in audited)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has bf16")
+def test_bf16_on_a_cpu_is_refused_before_anything_is_measured(cli: Cli) -> None:
+    ran = cli("verify", "--dtype", "bf16")
+    assert ran.status == 2 and ran.out == "" and "use fp16" in ran.err
