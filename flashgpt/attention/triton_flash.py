@@ -84,7 +84,7 @@ def _drop(p, a, b, c, threshold):
     """p where a * c + b >= threshold (int32, wrapping), else 0.
 
     Written out for the GPU, because LLVM would first gather the comparisons of a whole tile into a
-    vector of bits, which takes two and a half times as many instructions.
+    vector of bits, which takes twice as many instructions.
     """
     draw = a * c + b
     if INTERPRETED:
