@@ -43,8 +43,11 @@ def supports(request: Request) -> str | None:
         return f"needs H divisible by 8 and from 16 to 128, got {request.head_dim}"
     if request.own_masks:
         return "drops by the shared masks only"
-    if request.shape == "single" and request.gradient and request.dropout:
-        return "rounds out, which the gradient of a single dropped weight does not forgive"
+    if request.shape == "single" and request.dropout:
+        if request.gradient:
+            return "rounds out, which the gradient of a single dropped weight does not forgive"
+        if request.dtype == torch.float32:
+            return "errs more than the rule allows in fp32, where T is 1 and weights are dropped"
     return None
 
 

@@ -201,13 +201,20 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_twice() -> None:
         *(({"head_dim": head_dim}, None) for head_dim in (16, 24, 40, 96, 128)),
         *(({"shape": shape}, None) for shape in ("single", "chunk")),
         ({"dropout": True, "documents": True, "deterministic": True, "shape": "chunk"}, None),
-        ({"shape": "single", "dropout": True, "gradient": False}, None),
+        (
+            {"shape": "single", "dropout": True, "gradient": False, "dtype": torch.bfloat16},
+            None,
+        ),
         ({"device": "cpu"}, "runs on CUDA, data is on cpu"),
         ({"device": "mps"}, "runs on CUDA, data is on mps"),
         ({"dtype": torch.float64}, "has no float64"),
         *(({"head_dim": h}, f"from 16 to 128, got {h}") for h in (8, 60, 65, 136)),
         ({"own_masks": True, "dropout": True}, "drops by the shared masks only"),
         ({"shape": "single", "dropout": True}, "gradient of a single dropped weight"),
+        (
+            {"shape": "single", "dropout": True, "gradient": False, "dtype": torch.float32},
+            "errs more than the rule allows in fp32",
+        ),
     ],
 )
 def test_what_it_serves(
