@@ -99,12 +99,13 @@ def attend(
     _check(q_BNTH, k_BNSH, v_BNSH, documents_BT, mask_TS)
     if return_weights or not use_flash:
         kernel = _standard(kernel, "return_weights=True" if use_flash else "use_flash=False")
+    tensors = (q_BNTH, k_BNSH, v_BNSH)
     out_BNTH, lse, weights = _serve(
-        (q_BNTH, k_BNSH, v_BNSH), dropout, documents_BT, kernel, deterministic, mask_TS
+        tensors, dropout, documents_BT, kernel, deterministic, mask_TS, return_lse
     )
     if not (return_weights or return_lse):
         return out_BNTH
-    if lse.shape != q_BNTH.shape[:3]:
+    if lse is not None and lse.shape != q_BNTH.shape[:3]:
         lse = lse.reshape(*q_BNTH.shape[:2], -1)[..., : q_BNTH.shape[2]]
     return Attended(out_BNTH, weights if return_weights else None, lse if return_lse else None)
 
@@ -135,7 +136,7 @@ def attend_packed(
     _check_masks(batch, length, length, qkv_BT3NH, documents_BT, mask_TS)
     if not use_flash:
         kernel = _standard(kernel, "use_flash=False")
-    return _serve((qkv_BT3NH,), dropout, documents_BT, kernel, deterministic, mask_TS)[0]
+    return _serve((qkv_BT3NH,), dropout, documents_BT, kernel, deterministic, mask_TS, False)[0]
 
 
 def _standard(kernel: str | None, asker: str) -> str:
@@ -152,7 +153,8 @@ def _serve(
     kernel: str | None,
     deterministic: bool,
     mask_TS: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """out, lse and, from standard attention, weights, of q, k and v or of a packed tensor."""
     if mask_TS is not None and kernel != standard.NAME:
         raise ValueError("mask_TS is for standard attention only; leave it out, or use_flash=False")
@@ -181,7 +183,11 @@ def _serve(
     if name == standard.NAME:
         with torch.autocast(like.device.type, enabled=False):  # out in q's dtype, as elsewhere
             return standard.attention(
-                *tensors, dropout=dropout, documents_BS=documents_BT, mask_TS=mask_TS
+                *tensors,
+                dropout=dropout,
+                documents_BS=documents_BT,
+                mask_TS=mask_TS,
+                need_lse=need_lse,
             )
     out_BNTH, lse = served.attention(*tensors, dropout=dropout, documents_BS=documents_BT)
     return out_BNTH, lse, None

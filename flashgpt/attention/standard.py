@@ -37,12 +37,13 @@ def attention(
     dropout: Dropout | None,
     documents_BS: Tensor | None,
     mask_TS: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_lse: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Standard attention.
 
     Returns:
-        out_BNTH in q's dtype, lse_BNT (log-sum-exp of the visible scores, fp32 at least) and
-        weights_BNTS in q's dtype, after dropout.
+        out_BNTH in q's dtype, lse_BNT (log-sum-exp of the visible scores, fp32 at least; None
+        without `need_lse`) and weights_BNTS in q's dtype, after dropout.
     """
     batch, heads, queries, head_dim = q_BNTH.shape
     keys = k_BNSH.shape[-2]
@@ -53,10 +54,10 @@ def attention(
         same_BTS = documents_BS[:, keys - queries :, None] == documents_BS[:, None, :]
         visible = mask_TS & same_BTS[:, None]
     scores_BNTS = (q_BNTH * head_dim**-0.5) @ k_BNSH.transpose(-2, -1)
-    scores_BNTS = scores_BNTS.to(torch.promote_types(scores_BNTS.dtype, torch.float32))
     scores_BNTS = scores_BNTS.masked_fill(~visible, float("-inf"))
-    weights_BNTS = torch.softmax(scores_BNTS, dim=-1)
-    lse_BNT = torch.logsumexp(scores_BNTS.detach(), dim=-1)
+    wide = torch.promote_types(scores_BNTS.dtype, torch.float32)
+    weights_BNTS = torch.softmax(scores_BNTS, dim=-1, dtype=wide)
+    lse_BNT = torch.logsumexp(scores_BNTS.detach().to(wide), dim=-1) if need_lse else None
     if dropout is not None and dropout.own_masks:
         weights_BNTS = torch.nn.functional.dropout(weights_BNTS, dropout.p)
     elif dropout is not None:
