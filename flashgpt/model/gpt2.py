@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from flashgpt.attention.dropout import EMBEDDING, Dropout, drop_elements, fresh
 from flashgpt.attention.heads import LayerCache, MultiHeadAttention
 from flashgpt.config import GPTConfig
+from flashgpt.model import precision
 from flashgpt.model.block import LAYER_NORM_EPS, TransformerBlock
 from flashgpt.model.loss import IGNORE, linear_cross_entropy
 
@@ -186,6 +187,7 @@ class GPTModel(nn.Module):
         count = ids_BT.shape[1]
         position_T = torch.arange(start, start + count, device=ids_BT.device)
         x_BTD = self.wte(ids_BT) + self.wpe(position_T)
+        x_BTD = x_BTD.to(precision.of_residual(x_BTD))
         draw = self._dropout(x_BTD)
         x_BTD = drop_elements(x_BTD, draw, EMBEDDING, start)
         recompute = self._checkpointing and self.training and torch.is_grad_enabled()

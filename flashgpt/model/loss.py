@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashgpt.model import precision
+
 IGNORE = -100
 # On the CPU a chunk's logits stay in its caches (4 MiB in fp32), unless the vocabulary is so large
 # that too few rows would be left to pay for reading the weight again.
@@ -53,11 +55,7 @@ def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> 
         )
     if targets_M.shape != x_MD.shape[:1]:
         raise ValueError(f"targets must be [{x_MD.shape[0]}], got {list(targets_M.shape)}")
-    device = x_MD.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = x_MD.dtype
+    dtype = precision.of_products(x_MD)
     need_grad = torch.is_grad_enabled() and (x_MD.requires_grad or weight_VD.requires_grad)
     loss: Tensor
     loss, _, _, _ = _forward(x_MD, weight_VD, targets_M, dtype, need_grad)
