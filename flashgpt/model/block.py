@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flashgpt.attention.dropout import ATTENTION_OUTPUT, MLP_OUTPUT, Dropout, drop_elements, fresh
 from flashgpt.attention.heads import LayerCache, MultiHeadAttention
 from flashgpt.config import GPTConfig
+from flashgpt.model import mlp
 
 LAYER_NORM_EPS = 1e-5
 
@@ -27,6 +28,8 @@ class FeedForward(nn.Module):
         self.c_proj = nn.Linear(4 * emb_dim, emb_dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if mlp.serves(x_BTD, self.c_fc, self.gelu):
+            return mlp.feed_forward(x_BTD, self.c_fc, self.c_proj)
         out: Tensor = self.c_proj(self.gelu(self.c_fc(x_BTD)))
         return out
 

@@ -1,0 +1,149 @@
+"""The feed-forward layer for training on a GPU: GELU and its derivative inside the products.
+
+    pre = x W1^T + b1        act = gelu(pre)                      out = act W2^T + b2
+    dact = dout W2           dpre = dact * gelu'(pre)             the rest as ever
+
+Done apart, GELU reads and writes more memory than all else between the products of a block. Here
+one operator is the first line up to act, the other one dpre; on CUDA by cuBLASLt (cublaslt.py). All
+other products are PyTorch's, so that a compiler sees them.
+
+Legend: M rows (batch times positions), D model width, F inner width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashgpt.model import cublaslt, precision
+
+WIDTH_MULTIPLE = 8  # elements, 16 bytes: what cuBLASLt needs of widths
+LEAST_CAPABILITY = 9  # measured on Hopper; on GPUs before it the epilogues may be slower
+
+LIBRARY = torch.library.Library("flashgpt", "FRAGMENT")
+LIBRARY.define("linear_gelu(Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor)")
+LIBRARY.define("matmul_dgelu(Tensor dout, Tensor weight, Tensor pre) -> Tensor")
+_linear_gelu = torch.ops.flashgpt.linear_gelu.default
+_matmul_dgelu = torch.ops.flashgpt.matmul_dgelu.default
+
+
+def serves(x_BTD: Tensor, fc: nn.Linear, gelu: nn.GELU) -> bool:
+    """Whether `feed_forward` is for this call; else it is three layers, one after the other."""
+    return (
+        torch.is_grad_enabled()
+        and gelu.approximate == "tanh"
+        and fc.in_features % WIDTH_MULTIPLE == fc.out_features % WIDTH_MULTIPLE == 0
+        and precision.of_products(x_BTD) in cublaslt.TYPES
+        and _has_epilogues(x_BTD.get_device())
+    )
+
+
+def _has_epilogues(device: int) -> bool:
+    """Whether a CUDA device, by its index, has them; -1 is the CPU."""
+    return _capability(device) >= LEAST_CAPABILITY and cublaslt.library() is not None
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler.
+_has_epilogues._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _capability(device: int) -> int:
+    return 0 if device < 0 else torch.cuda.get_device_capability(device)[0]
+
+
+def feed_forward(x_BTD: Tensor, fc: nn.Linear, proj: nn.Linear) -> Tensor:
+    """proj(gelu(fc(x))), GELU in its tanh form; in the dtype of products. Differentiable once."""
+    dtype = precision.of_products(x_BTD)
+    weights = (fc.weight, fc.bias, proj.weight, proj.bias)
+    x_MD, *cast = (t.to(dtype) for t in (x_BTD.flatten(0, -2), *weights))
+    out: Tensor = _FeedForward.apply(x_MD, *cast)  # type: ignore[no-untyped-call]
+    return out.view(x_BTD.shape)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_MD: Tensor, w1_FD: Tensor, b1_F: Tensor, w2_DF: Tensor, b2_D: Tensor
+    ) -> Tensor:
+        act_MF, pre_MF = _linear_gelu(x_MD, w1_FD, b1_F)
+        ctx.save_for_backward(x_MD, w1_FD, w2_DF, act_MF, pre_MF)
+        return torch.addmm(b2_D, act_MF, w2_DF.t())
+
+    @staticmethod
+    def backward(ctx: Any, dout_MD: Tensor) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the fused feed-forward layer has no second derivative; in fp32 it is not fused"
+            )
+        x_MD, w1_FD, w2_DF, act_MF, pre_MF = ctx.saved_tensors
+        dpre_MF = _matmul_dgelu(dout_MD, w2_DF, pre_MF)
+        return (
+            dpre_MF @ w1_FD,
+            dpre_MF.t() @ x_MD,
+            dpre_MF.sum(0),
+            dout_MD.t() @ act_MF,
+            dout_MD.sum(0),
+        )
+
+
+def _linear_gelu_plain(x_MD: Tensor, w_FD: Tensor, b_F: Tensor) -> tuple[Tensor, Tensor]:
+    pre_MF = torch.addmm(b_F, x_MD, w_FD.t())
+    return F.gelu(pre_MF, approximate="tanh"), pre_MF
+
+
+def _matmul_dgelu_plain(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> Tensor:
+    dpre: Tensor = torch.ops.aten.gelu_backward(dout_MD @ w_DF, pre_MF, approximate="tanh")
+    return dpre
+
+
+def _linear_gelu_cuda(x_MD: Tensor, w_FD: Tensor, b_F: Tensor) -> tuple[Tensor, Tensor]:
+    product = _product(cublaslt.GELU_AUX_BIAS, x_MD, w_FD, transposed=True)
+    if product is None:
+        return _linear_gelu_plain(x_MD, w_FD, b_F)
+    act_MF = x_MD.new_empty(len(x_MD), len(w_FD))
+    pre_MF = torch.empty_like(act_MF)
+    product(_dense(x_MD), _dense(w_FD), act_MF, pre_MF, _dense(b_F))
+    return act_MF, pre_MF
+
+
+def _matmul_dgelu_cuda(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> Tensor:
+    product = _product(cublaslt.DGELU, dout_MD, w_DF, transposed=False)
+    if product is None:
+        return _matmul_dgelu_plain(dout_MD, w_DF, pre_MF)
+    dpre_MF = torch.empty_like(pre_MF, memory_format=torch.contiguous_format)
+    product(_dense(dout_MD), _dense(w_DF), dpre_MF, _dense(pre_MF))
+    return dpre_MF
+
+
+def _product(
+    epilogue: int, a_MK: Tensor, b: Tensor, *, transposed: bool
+) -> cublaslt.Product | None:
+    (rows, summed), columns = a_MK.shape, b.shape[0 if transposed else 1]
+    shape = (rows, columns, summed)
+    return cublaslt.find(epilogue, shape, a_MK.dtype, a_MK.get_device(), transposed)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x where cuBLASLt may read it: adjacent and aligned."""
+    x = x.contiguous()
+    return x if x.data_ptr() % cublaslt.ALIGNMENT == 0 else x.clone()
+
+
+def _linear_gelu_fake(x_MD: Tensor, w_FD: Tensor, b_F: Tensor) -> tuple[Tensor, Tensor]:
+    act_MF = x_MD.new_empty(x_MD.shape[0], w_FD.shape[0])
+    return act_MF, torch.empty_like(act_MF)
+
+
+def _matmul_dgelu_fake(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> Tensor:
+    return torch.empty_like(pre_MF, memory_format=torch.contiguous_format)
+
+
+LIBRARY.impl("linear_gelu", _linear_gelu_plain, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_gelu", _linear_gelu_cuda, "CUDA")
+LIBRARY.impl("matmul_dgelu", _matmul_dgelu_plain, "CompositeExplicitAutograd")
+LIBRARY.impl("matmul_dgelu", _matmul_dgelu_cuda, "CUDA")
+torch.library.register_fake("flashgpt::linear_gelu", _linear_gelu_fake, lib=LIBRARY)
+torch.library.register_fake("flashgpt::matmul_dgelu", _matmul_dgelu_fake, lib=LIBRARY)

@@ -1,0 +1,192 @@
+"""The fused feed-forward layer: numbers, gradients, operators. pytest tests/model/test_mlp.py
+
+Without a GPU its operators are PyTorch's own; cuBLASLt's are judged by the tests that need one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flashgpt.model import cublaslt, mlp
+from flashgpt.model.block import FeedForward
+
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+Layer = Callable[[Tensor], Tensor]
+
+
+def layers(width: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> FeedForward:
+    """A feed-forward layer whose biases matter."""
+    torch.manual_seed(0)
+    made = FeedForward(width, "gelu_new")
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=1.0 if parameter.dim() == 1 else width**-0.5)
+    return made.to(device, dtype)
+
+
+def fused(made: FeedForward) -> Layer:
+    return lambda x: mlp.feed_forward(x, made.c_fc, made.c_proj)
+
+
+def apart(made: FeedForward) -> Layer:
+    return lambda x: made.c_proj(made.gelu(made.c_fc(x)))
+
+
+def results(layer: Layer, made: FeedForward, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
+    """Output and gradients, in float64 on the CPU."""
+    x = x.detach().requires_grad_()
+    out = layer(x)
+    grads = torch.autograd.grad(out, [x, *made.parameters()], dout.to(out.dtype))
+    names = ["out", "x", *(name for name, _ in made.named_parameters())]
+    return {name: t.detach().double().cpu() for name, t in zip(names, (out, *grads), strict=True)}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 63, 16), (3, 65, 8)], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_it_is_the_three_layers_one_after_the_other(
+    shape: tuple[int, int, int], compiled: bool
+) -> None:
+    made = layers(shape[-1])
+    x, dout = torch.randn(2, *shape, dtype=torch.float64)
+    layer = fused(made)
+    if compiled:
+        layer = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    wanted = results(apart(made), made, x, dout)
+    for name, found in results(layer, made, x, dout).items():
+        torch.testing.assert_close(found, wanted[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    made = layers(8)
+    x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    out = mlp.feed_forward(x, made.c_fc, made.c_proj)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_operators_keep_pytorchs_rules(device: str) -> None:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    def some(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(*shape, dtype=dtype, device=device) for shape in shapes)
+
+    torch.library.opcheck(torch.ops.flashgpt.linear_gelu.default, some((5, 8), (16, 8), (16,)))
+    torch.library.opcheck(torch.ops.flashgpt.matmul_dgelu.default, some((5, 8), (8, 16), (5, 16)))
+
+
+def test_it_is_for_training_in_half_precision_on_a_gpu() -> None:
+    made = layers(8, torch.float32)
+    assert not mlp.serves(torch.randn(1, 2, 8), made.c_fc, made.gelu)
+
+
+def test_where_it_serves_a_compiled_layer_stays_one_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mlp, "_capability", lambda device: mlp.LEAST_CAPABILITY)
+    monkeypatch.setattr(cublaslt, "library", lambda: "the library")
+    monkeypatch.setitem(cublaslt.TYPES, torch.float64, 1)
+    made = layers(8)
+    x, dout = torch.randn(2, 3, 8, dtype=torch.float64)[:, None].unbind()
+    assert mlp.serves(x, made.c_fc, made.gelu)
+    wanted = results(apart(made), made, x, dout)
+    torch.compiler.reset()
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    for name, found in results(compiled, made, x, dout).items():
+        torch.testing.assert_close(found, wanted[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+def over(found: dict[str, Tensor], usual: dict[str, Tensor], exact: dict[str, Tensor]) -> set[str]:
+    """What errs more than twice what three layers in the same dtype do."""
+    eps = torch.finfo(torch.bfloat16).eps
+    wrong = set()
+    for name, value in exact.items():
+        floor = 2 * 0.3 * eps / 2 * float(value.abs().max())
+        error, its = found[name] - value, usual[name] - value
+        worst = error.abs().max() <= 2 * its.abs().max() + floor
+        typical = error.square().mean().sqrt() <= 2 * its.square().mean().sqrt() + floor
+        if not (worst and typical):
+            wrong.add(name)
+    return wrong
+
+
+def gpu_results(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Of FeedForward under autocast, of three layers under autocast, and in float64."""
+    made = layers(shape[-1], torch.float32, "cuda").to(dtype).float()
+    exact_of = layers(shape[-1])
+    exact_of.load_state_dict(made.state_dict())
+    x, dout = torch.randn(2, *shape, device="cuda").to(dtype)
+    with torch.autocast("cuda", dtype):
+        assert mlp.serves(x, made.c_fc, made.gelu)
+        found, usual = results(made, made, x, dout), results(apart(made), made, x, dout)
+    exact = results(apart(exact_of), exact_of, x.double().cpu(), dout.double().cpu())
+    return found, usual, exact
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [(1, 1, 8), (3, 65, 64), (2, 1023, 192), (2, 1024, 768)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_errors_on_a_gpu_are_those_of_the_three_layers(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    assert not over(*gpu_results(shape, dtype))
+    dims = (shape[0] * shape[1], 4 * shape[2], shape[2])
+    assert cublaslt.find(cublaslt.GELU_AUX_BIAS, dims, dtype, 0, True) is not None
+    assert cublaslt.find(cublaslt.DGELU, dims, dtype, 0, False) is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ("no bias", "out"),
+        ("another function", "out"),
+        ("derivative of another place", "c_fc.weight"),
+    ],
+)
+def test_a_wrong_epilogue_is_seen(change: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    product = cublaslt.Product.__call__
+
+    def changed(
+        self: cublaslt.Product, a: Tensor, b: Tensor, out: Tensor, aux: Tensor, *bias: Tensor
+    ) -> None:
+        if change == "no bias" and bias:
+            bias = (torch.zeros_like(bias[0]),)
+        if change == "derivative of another place" and not bias:
+            aux = aux.roll(1, 0)
+        product(self, a, b, out, aux, *bias)
+        if change == "another function" and bias:
+            out.copy_(nn.functional.gelu(3 * aux) / 3)
+
+    monkeypatch.setattr(cublaslt.Product, "__call__", changed)
+    assert wrong in over(*gpu_results((3, 65, 64), torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_operands_may_be_unaligned_and_transposed() -> None:
+    x, dout, pre, weight, bias = (
+        torch.randn(*shape, device="cuda").bfloat16()
+        for shape in ((65, 64), (65, 64), (65, 256), (256, 64), (256,))
+    )
+    odd_x = torch.empty(65 * 64 + 1, device="cuda").bfloat16()[1:].view(65, 64).copy_(x)
+    odd_dout, odd_weight = (t.t().contiguous().t() for t in (dout, weight))
+    linear_gelu, matmul_dgelu = torch.ops.flashgpt.linear_gelu, torch.ops.flashgpt.matmul_dgelu
+    for wanted, found in zip(
+        linear_gelu(x, weight, bias), linear_gelu(odd_x, odd_weight, bias), strict=True
+    ):
+        assert torch.equal(found, wanted)
+    back = weight.t()
+    assert torch.equal(
+        matmul_dgelu(odd_dout, odd_weight.t(), pre), matmul_dgelu(dout, back.contiguous(), pre)
+    )
