@@ -1,0 +1,112 @@
+"""What benchmarks.nanogpt_loss claims of its runs, its table and its picture.
+
+A run is an object of `runs` in loss.json.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIDES = {"nanogpt": "#e8a87c", "ours": "#1f5a93"}  # and its colour
+LIMIT = 0.005
+FIRST_LIMIT = {"bf16": 1e-3, "fp32": 1e-5}
+LAST = 20  # steps whose mean is the final loss
+JUDGED = ("final", "held_out")
+
+Run = dict[str, Any]
+
+
+def judge(runs: Sequence[Run], first_limit: float) -> dict[str, Any]:
+    """Differences, nanoGPT's spread, and whether the claims hold."""
+    peer, own = ([run for run in runs if run["side"] == side] for side in SIDES)
+    pairs = list(zip(peer, own, strict=True))
+    first = [ours["losses"][0] - theirs["losses"][0] for theirs, ours in pairs]
+    claims: dict[str, Any] = {
+        "first_step": {
+            "differences": first,
+            "limit": first_limit,
+            "holds": all(abs(value) <= first_limit for value in first),
+        }
+    }
+    for name in JUDGED:
+        apart = [ours[name] - theirs[name] for theirs, ours in pairs]
+        values = [run[name] for run in peer]
+        mean, spread = statistics.fmean(apart), max(values) - min(values)
+        claims[name] = {
+            "differences": apart,
+            "mean_difference": mean,
+            "nanogpt_spread": spread,
+            "limit": LIMIT,
+            "holds": bool(abs(mean) <= LIMIT and abs(mean) <= spread),
+        }
+    return claims
+
+
+def show(record: dict[str, Any]) -> None:
+    """The table."""
+    print(f"\n{'seed':>6} {'loss':<9} {'nanogpt':>9} {'ours':>9} {'difference':>11}")
+    runs = record["runs"]
+    for theirs, ours in zip(runs[::2], runs[1::2], strict=True):
+        for name in JUDGED:
+            print(
+                f"{ours['seed']:>6} {name:<9} {theirs[name]:>9.4f} {ours[name]:>9.4f} "
+                f"{ours[name] - theirs[name]:>+11.5f}"
+            )
+    first = record["claims"]["first_step"]
+    largest = max(map(abs, first["differences"]))
+    verdict = {True: "holds", False: "FAILS"}
+    print(f"first step: largest difference {largest:.1e}, limit {first['limit']:.0e}: ", end="")
+    print(verdict[first["holds"]])
+    for name in JUDGED:
+        claim = record["claims"][name]
+        print(
+            f"{name}: mean difference {claim['mean_difference']:+.5f}, limit {claim['limit']:g} "
+            f"and nanogpt's spread {claim['nanogpt_spread']:.5f}: {verdict[claim['holds']]}"
+        )
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Losses of all seeds above, differences below, as a PNG.
+
+    Args:
+        record: the object of loss.json.
+        path: the PNG to write; appears complete or not at all.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    peer, own = ([run for run in record["runs"] if run["side"] == side] for side in SIDES)
+    for index, (theirs, ours) in enumerate(zip(peer, own, strict=True)):
+        steps = range(1, len(ours["losses"]) + 1)
+        for run, width in ((theirs, 3.5), (ours, 0.9)):
+            label = None if index else run["side"]
+            top.plot(steps, run["losses"], color=SIDES[run["side"]], linewidth=width, label=label)
+        apart = np.subtract(ours["losses"], theirs["losses"])
+        bottom.plot(steps, apart, linewidth=0.9, label=f"ours - nanogpt, seed {ours['seed']}")
+    for limit in (-LIMIT, LIMIT):
+        label = f"{LIMIT:g}, limit of the final loss" if limit > 0 else None
+        bottom.axhline(limit, color="#b02a2a", linewidth=1.0, linestyle="--", label=label)
+    top.set_ylabel("training loss (nats per token)")
+    bottom.set_ylabel("difference of the losses")
+    bottom.set_xlabel("optimizer step")
+    for axis in (top, bottom):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    model, made = record["model"], record["machine"]
+    figure.suptitle(
+        f"{model['n_layers']} layers, width {model['emb_dim']}, {model['context_length']} tokens x "
+        f"{record['training']['batch']} rows, {record['products']}, {len(own)} seeds\n"
+        f"torch {made['torch']}, {made['device']}, {record['date']}",
+        fontsize=10,
+    )
+    temporary = path.with_name(f".{path.name}.tmp.png")
+    figure.savefig(temporary)
+    temporary.replace(path)
