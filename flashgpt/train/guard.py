@@ -8,6 +8,8 @@ the same however far the host runs ahead of the device.
 
 With fp16 the loss is scaled. A step that overflows while the scale can still fall is no bad one: it
 is left out, and the scale halves; after GROWTH_STEPS finite steps it doubles.
+
+The memory is tensors that stay where they are: a step that was captured once finds them there.
 """
 
 from __future__ import annotations
@@ -71,12 +73,12 @@ class Guard:
 
     def forget(self) -> None:
         """Forgets what is usual: the next WINDOW steps are judged by their finiteness alone."""
-        self._accepted = torch.zeros_like(self._accepted)
+        self._accepted.zero_()
 
     def set_scale(self, scale: float) -> None:
         """Another loss scale from here on; without effect where the loss is not scaled."""
         if self._scaled:
-            self._scale = torch.full_like(self._scale, scale)
+            self._scale.fill_(scale)
 
     def judge(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Decides on one step, from its loss and its unscaled gradient norm (both 0-d).
@@ -99,29 +101,32 @@ class Guard:
         self._remember(value_2, ~refused)
         if self._scaled:
             self._rescale(finite & ~self._held, overflow & ~self._held)
-        self._held = self._held | bad
+        self._held.logical_or_(bad)
         report = torch.stack([verdict.double(), *z_2, loss.double(), norm.double()])
         return refused.float(), report
 
     def release(self) -> None:
         """Lets steps pass again after a bad one."""
-        self._held = torch.zeros_like(self._held)
+        self._held.zero_()
 
     def _remember(self, value_2: Tensor, accepted: Tensor) -> None:
         slot_W = torch.arange(WINDOW, device=value_2.device) == self._accepted % WINDOW
         kept = torch.where(slot_W & accepted, value_2[:, None], self._history_2W)
-        self._history_2W = kept
-        self._accepted = self._accepted + accepted
+        self._history_2W.copy_(kept)
+        self._accepted.add_(accepted)
 
     def _rescale(self, finite: Tensor, overflow: Tensor) -> None:
         steps = torch.where(overflow, 0, self._finite_steps + finite)
         grow = steps >= GROWTH_STEPS
         factor = torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0))
-        self._scale = self._scale * factor
-        self._finite_steps = torch.where(grow, 0, steps)
+        self._scale.mul_(factor)
+        self._finite_steps.copy_(torch.where(grow, 0, steps))
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What a resumed run needs to decide alike; not while a bad step holds others back."""
+        """What a resumed run needs to decide alike; not while a bad step holds others back.
+
+        The memory itself: it changes with the next step.
+        """
         return {
             "history": self._history_2W,
             "accepted": self._accepted,
@@ -139,12 +144,11 @@ class Guard:
         """
         if not tensors:
             return
-        device = self._device
-        self._history_2W = tensors["history"].to(device, copy=True)
-        self._accepted = tensors["accepted"].to(device, copy=True)
+        self._history_2W.copy_(tensors["history"])
+        self._accepted.copy_(tensors["accepted"])
         if self._scaled and tensors["scaled"]:
-            self._scale = tensors["scale"].to(device, copy=True)
-            self._finite_steps = tensors["finite_steps"].to(device, copy=True)
+            self._scale.copy_(tensors["scale"])
+            self._finite_steps.copy_(tensors["finite_steps"])
         count = int(tensors["in_a_row"])
         self.in_a_row = count
         if count >= LIMIT_IN_A_ROW:

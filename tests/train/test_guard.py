@@ -120,6 +120,31 @@ def test_the_state_goes_from_one_guard_to_the_next() -> None:
     assert fp32.loss_scale is None
 
 
+def test_its_memory_stays_where_it_is() -> None:
+    judge, other = Guard(CPU, 8, scaled=True), Guard(CPU, 8, scaled=True)
+    names = ("history", "accepted", "scale", "finite_steps")
+
+    def addresses() -> list[int]:
+        tensors = judge.state_tensors()
+        held = judge._held
+        return [tensors[name].data_ptr() for name in names] + [held.data_ptr()]
+
+    before = addresses()
+    for loss in (3.0, math.inf, 2.0):
+        verdict(judge, loss, 1.0)
+    judge.set_scale(1)
+    assert verdict(judge, math.nan, 1.0) == Verdict.BAD
+    judge.release()
+    judge.forget()
+    verdict(other, 3.0, 1.0)
+    judge.load_state_tensors(other.state_tensors())
+    assert addresses() == before
+    mine, others = judge.state_tensors(), other.state_tensors()
+    assert all(torch.equal(mine[name], others[name]) for name in mine | others)
+    verdict(judge, 2.0, 1.0)
+    assert int(others["accepted"]) == 1  # what was loaded is a copy
+
+
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[GPTModel]]:
     """poison({5: nan}): in the forward pass of step 5 the loss is multiplied by nan."""
