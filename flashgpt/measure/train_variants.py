@@ -89,8 +89,7 @@ def _optimizer_of_peer(model: nn.Module) -> Optimizer:
         {"params": [p for p in names if p.dim() <= 1], "weight_decay": 0.0},
     ]
     betas = (TRAIN.beta1, TRAIN.beta2)
-    adamw = torch.optim.AdamW(groups, lr=TRAIN.lr, betas=betas, fused=True)
-    return Optimizer(names, [adamw])
+    return Optimizer(names, [optimizer.adamw(groups, TRAIN.lr, betas)], TRAIN.lr)
 
 
 def _forward(model: nn.Module, variant: Variant, device: torch.device) -> Forward:

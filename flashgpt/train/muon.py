@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: parameters, or groups of them. A group's `split` says how many matrices of equal
             height a parameter is, one above the other.
-        lr: learning rate, on AdamW's scale.
+        lr: learning rate, on AdamW's scale; a group's `lr` may be a tensor on the device, 0-d.
         weight_decay: decoupled decay, as AdamW's.
     """
 
@@ -100,7 +100,7 @@ class Muon(torch.optim.Optimizer):
                 update_MAC = orthogonalise(gradient_MAC.lerp(momentum_MAC, MOMENTUM))
                 rate = group["lr"] * ADAMW_RMS * math.sqrt(max(update_MAC.shape[1:]))
                 moved_MAC = weight_MAC * (1 - group["lr"] * group["weight_decay"])
-                moved_MAC.add_(update_MAC, alpha=-rate)
+                moved_MAC.sub_(update_MAC * rate)  # as `alpha` the host would have to know it
                 if self.found_inf is not None:  # a product by 0 would keep a NaN
                     refused = self.found_inf > 0
                     moved_MAC = torch.where(refused, weight_MAC, moved_MAC)

@@ -1,9 +1,13 @@
-"""The optimizer: which rule updates which parameter, and its state under the parameters' names."""
+"""The optimizer: which rule updates which parameter, and its state under the parameters' names.
+
+Learning rate and state are tensors that stay where they are once they are there: a step that was
+captured once finds them there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,18 +55,27 @@ class Optimizer:
 
     Args:
         names: every parameter's name.
-        parts: PyTorch's optimizers, which share the parameters out among them.
+        parts: PyTorch's optimizers, which share the parameters out among them; those of `adamw`
+            can be captured.
+        rate: learning rate of the steps before the first `set_rate`.
     """
 
-    def __init__(self, names: dict[nn.Parameter, str], parts: list[torch.optim.Optimizer]) -> None:
+    def __init__(
+        self, names: dict[nn.Parameter, str], parts: list[torch.optim.Optimizer], rate: float
+    ) -> None:
         self.names = names
         self.parts = parts
+        device = next(iter(names)).device
+        # Fused AdamW reads fp32 on CUDA; on the CPU float64, with the bits of Python's number.
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        self._rate = torch.full((), rate, dtype=dtype, device=device)
+        for part in parts:
+            for group in part.param_groups:
+                group["lr"] = self._rate
 
     def set_rate(self, rate: float) -> None:
-        """Sets the learning rate of the steps to come."""
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = rate
+        """Sets the learning rate of the steps to come; on CUDA it is rounded to fp32."""
+        self._rate.fill_(rate)
 
     def step(self, refused: Tensor | None = None) -> None:
         """One update from the gradients; asks the device for nothing.
@@ -92,6 +105,9 @@ class Optimizer:
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restores what `state_tensors` gave, into memory of its own.
 
+        What is there is overwritten in place; by zeros, with which a state begins, when nothing is
+        given.
+
         Raises:
             ValueError: the tensors are not those of this model and optimizer.
         """
@@ -100,12 +116,17 @@ class Optimizer:
         if tensors and set(tensors) != expected:
             odd = sorted(set(tensors) ^ expected)[0]
             raise ValueError(f"optimizer state does not fit the model: {odd!r} is on one side only")
-        for part in self.parts:
-            part.state.clear()
-        for part, parameter, moment in moments if tensors else ():
+        for part, parameter, moment in moments:
+            if not tensors:
+                if parameter in part.state:
+                    part.state[parameter][moment].zero_()
+                continue
             # Memory-mapped tensors are 8-byte aligned and may take other code paths: copy them.
-            tensor = tensors[f"{self.names[parameter]}.{moment}"]
-            part.state[parameter][moment] = tensor.to(parameter.device, copy=True)
+            own, tensor = part.state[parameter], tensors[f"{self.names[parameter]}.{moment}"]
+            if moment in own:
+                own[moment].copy_(tensor)
+            else:
+                own[moment] = tensor.to(parameter.device, copy=True)
 
     def _moments(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter, str]]:
         """Every moment there is after a step: whose, of which parameter, its name."""
@@ -114,6 +135,14 @@ class Optimizer:
                 for parameter in group["params"]:
                     for moment in MOMENTS[type(part)]:
                         yield part, parameter, moment
+
+
+def adamw(
+    groups: list[dict[str, Any]], rate: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """AdamW as PyTorch has it, fused; its step can be captured in a CUDA graph."""
+    # Fused, it takes no notice of `capturable`, but PyTorch asks for it before a capture.
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True, capturable=True)
 
 
 def build(model: nn.Module, config: TrainConfig) -> Optimizer:
@@ -135,6 +164,5 @@ def build(model: nn.Module, config: TrainConfig) -> Optimizer:
         {"params": params, "weight_decay": config.weight_decay if DECAYS[role] else 0.0}
         for role, params in by_role.items()
     ]
-    betas = (config.beta1, config.beta2)
-    parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True))
-    return Optimizer(names, parts)
+    parts.append(adamw(groups, config.lr, (config.beta1, config.beta2)))
+    return Optimizer(names, parts, config.lr)

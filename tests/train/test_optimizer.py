@@ -167,6 +167,56 @@ def test_state_goes_by_the_names_of_the_parameters(kind: Literal["adamw", "muon"
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_state_is_loaded_into_the_memory_that_is_there(kind: Literal["adamw", "muon"]) -> None:
+    """A captured step goes on from it; nothing to load is the state of step 0."""
+    model, twin = GPTModel(CFG), GPTModel(CFG)
+    first, second = (optimizer.build(m, TrainConfig(optimizer=kind)) for m in (model, twin))
+    for made, its_model, steps in ((first, model, 2), (second, twin, 1)):
+        for number in range(steps):
+            give_gradients(its_model, number)
+            made.step()
+    addresses = {name: t.data_ptr() for name, t in second.state_tensors().items()}
+    second.load_state_tensors(first.state_tensors())
+    mine, others = second.state_tensors(), first.state_tensors()
+    assert all(torch.equal(mine[name], others[name]) for name in mine | others)
+    second.load_state_tensors({})
+    zeros = second.state_tensors()
+    assert {name: t.data_ptr() for name, t in zeros.items()} == addresses
+    assert not any(t.any() for t in zeros.values())
+
+    new = GPTModel(CFG)
+    new.load_state_dict(twin.state_dict())
+    third = optimizer.build(new, TrainConfig(optimizer=kind))
+    for made, its_model in ((second, twin), (third, new)):
+        give_gradients(its_model, 5)
+        made.step()
+    assert all(map(torch.equal, twin.parameters(), new.parameters()))
+
+
+def test_a_rate_has_the_bits_of_pythons_number() -> None:
+    """On the CPU; PyTorch's own AdamW gets it as a number here."""
+    model, twin = GPTModel(CFG), GPTModel(CFG)
+    twin.load_state_dict(model.state_dict())
+    made = optimizer.build(model, TrainConfig(weight_decay=0.0))
+    (ours,) = made.parts
+    betas = ours.defaults["betas"]
+    theirs = torch.optim.AdamW(twin.parameters(), betas=betas, weight_decay=0.0, fused=True)
+    for number in range(5):
+        rate = 1e-3 / (number + 0.7)
+        made.set_rate(rate)
+        theirs.param_groups[0]["lr"] = rate
+        for its_model in (model, twin):
+            give_gradients(its_model, number)
+        made.step()
+        theirs.step()
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    made.set_rate(rate * (1 + 1e-4))
+    made.step()
+    theirs.step()
+    assert not all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_state_of_another_model_or_optimizer_is_refused(kind: Literal["adamw", "muon"]) -> None:
     model = GPTModel(CFG)
     made = optimizer.build(model, TrainConfig(optimizer=kind))
