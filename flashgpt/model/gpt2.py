@@ -132,13 +132,13 @@ class GPTModel(nn.Module):
         """
         self._checkpointing = on
 
-    def set_dropout(self, seed: int | None, first_row: int = 0) -> None:
+    def set_dropout(self, seed: int | Tensor | None, first_row: int | Tensor = 0) -> None:
         """Fixes the dropout masks of the forward passes to come.
 
         Args:
-            seed: 64 bits (signed); None returns to a fresh seed from torch's default CPU generator
-                in each forward pass.
-            first_row: row of the first sequence in the global batch of the step.
+            seed: 64 bits (signed), a number or 0-d int64 on the model's device; None returns to a
+                fresh seed from torch's default CPU generator in each forward pass.
+            first_row: row of the first sequence in the global batch of the step; as `seed`.
         """
         self._seeded = seed is not None
         if seed is not None:

@@ -25,14 +25,16 @@ class MicroBatch:
 
     Attributes:
         ids_BT, targets_BT: token ids, int64; targets of -100 do not count.
-        first_row: of these rows, in the step's global batch.
-        weight: the share of the step's counted targets that stand here.
+        first_row: of these rows, in the step's global batch; a number as a Feed gives it, or 0-d
+            int64 on the device.
+        weight: the share of the step's counted targets that stand here; a number as a Feed gives
+            it, or 0-d on the device, of the loss's dtype.
     """
 
     ids_BT: Tensor
     targets_BT: Tensor
-    first_row: int
-    weight: float
+    first_row: int | Tensor
+    weight: float | Tensor
 
 
 class Feed:

@@ -4,23 +4,29 @@ What step t does is a function of the config, the seed, t, and the state before 
 up to AHEAD steps in front of a GPU and reads what became of a step when it is done, so that no step
 waits for the host. On the CPU it reads at once. Both give the same weights, whatever the guard
 refuses.
+
+A small step on a GPU is captured once as a CUDA graph and replayed: the same kernels in the same
+order, so the same bits.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flashgpt.attention.dropout import philox
-from flashgpt.train import runtime
+from flashgpt.train import graph, runtime
 from flashgpt.train.feed import Feed, MicroBatch
+from flashgpt.train.graph import Graphed
 from flashgpt.train.guard import Verdict
 from flashgpt.train.parts import Parts
 from flashgpt.train.schedule import learning_rate
@@ -62,10 +68,22 @@ class Stepper:
 
     Args:
         forward: the model, or the compiled model.
+        graphed: whether steps become a CUDA graph; `pays_as_graph` tells.
+        note: hears what came of that.
     """
 
-    def __init__(self, parts: Parts, forward: Forward) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        forward: Forward,
+        graphed: bool = False,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._parts, self._forward = parts, forward
+        self._graphed: Graphed[Tensor] | None = None
+        if graphed:
+            function = functools.partial(_update_from_tensors, parts, forward)
+            self._graphed = Graphed(function, parts.optimizer.zero_grad, note)
         self.next = 0  # the step to do next; to be set while no step is under way
 
     def completed(
@@ -107,31 +125,79 @@ class Stepper:
         micros = feed.take(step)
         data_seconds = time.perf_counter() - waiting
         rate = learning_rate(step, self._parts.config)
-        report = _to_host(self._update(step, micros, rate))
+        self._parts.optimizer.set_rate(rate)
+        seed = dropout_seed(self._parts.config.seed, step)
+        if self._graphed is None:
+            report = update(self._parts, self._forward, micros, seed)
+        else:
+            report = self._graphed(*_as_tensors(self._parts, micros, seed))
+        report = _to_host(report)
         clock.stop()  # behind the report, which is there once this time has come
         return _UnderWay(step, report, rate, clock, data_seconds)
 
-    def _update(self, step: int, micros: list[MicroBatch], rate: float) -> Tensor:
-        """One optimizer step, unless the guard refuses it; returns the guard's report."""
-        parts, config, guard = self._parts, self._parts.config, self._parts.guard
-        loss = backward(parts, self._forward, micros, dropout_seed(config.seed, step))
-        grads = [p.grad for p in parts.model.parameters() if p.grad is not None]
-        if guard.loss_scale is not None:
-            torch._foreach_mul_(grads, 1 / guard.loss_scale)
-        norm = get_total_norm(grads)
-        clip_grads_with_norm_(parts.model.parameters(), config.grad_clip or math.inf, norm)
-        refused, report = guard.judge(loss, norm)
-        parts.optimizer.set_rate(rate)
-        parts.optimizer.step(refused)
-        parts.optimizer.zero_grad()
-        return report
+
+def pays_as_graph(parts: Parts) -> bool:
+    """Whether steps are small enough for a CUDA graph, and the config lets one be made.
+
+    A kernel's own masks come from PyTorch's generator, which a step sets anew by a number.
+    """
+    config = parts.config
+    tokens = (config.micro_batch or parts.rows) * parts.model.cfg.context_length
+    allowed = config.compile != "off" and config.dropout_masks == "shared"
+    return allowed and graph.pays(parts.device, tokens)
 
 
-def backward(parts: Parts, forward: Forward, micros: Iterable[MicroBatch], seed: int) -> Tensor:
+def update(
+    parts: Parts, forward: Forward, micros: Iterable[MicroBatch], seed: int | Tensor
+) -> Tensor:
+    """One optimizer step, unless the guard refuses it; returns the guard's report.
+
+    Args: those of `backward`.
+    """
+    guard = parts.guard
+    loss = backward(parts, forward, micros, seed)
+    grads = [p.grad for p in parts.model.parameters() if p.grad is not None]
+    if guard.loss_scale is not None:
+        torch._foreach_mul_(grads, 1 / guard.loss_scale)
+    norm = get_total_norm(grads)
+    clip_grads_with_norm_(parts.model.parameters(), parts.config.grad_clip or math.inf, norm)
+    refused, report = guard.judge(loss, norm)
+    parts.optimizer.step(refused)
+    parts.optimizer.zero_grad()
+    return report
+
+
+def _as_tensors(parts: Parts, micros: list[MicroBatch], seed: int) -> list[Tensor]:
+    """What differs between steps, on the device, without a wait for it."""
+
+    def on_device(numbers: list[Any], dtype: torch.dtype) -> Tensor:
+        on_host = torch.tensor(numbers, dtype=dtype, pin_memory=parts.device.type == "cuda")
+        return on_host.to(parts.device, non_blocking=True)
+
+    loss_dtype = torch.promote_types(parts.model.wte.weight.dtype, torch.float32)
+    return [
+        on_device([seed, *(micro.first_row for micro in micros)], torch.int64),
+        on_device([micro.weight for micro in micros], loss_dtype),
+        *(tensor for micro in micros for tensor in (micro.ids_BT, micro.targets_BT)),
+    ]
+
+
+def _update_from_tensors(
+    parts: Parts, forward: Forward, seed_and_rows: Tensor, weights: Tensor, *tokens: Tensor
+) -> Tensor:
+    """`update` from what `_as_tensors` made."""
+    seed, *rows = seed_and_rows.unbind()
+    micros = map(MicroBatch, tokens[::2], tokens[1::2], rows, weights.unbind())
+    return update(parts, forward, micros, seed)
+
+
+def backward(
+    parts: Parts, forward: Forward, micros: Iterable[MicroBatch], seed: int | Tensor
+) -> Tensor:
     """The loss of one step, 0-d; its gradients, times the guard's loss scale, in the parameters.
 
     Args:
-        seed: of the step's dropout masks, 64 bits, signed.
+        seed: of the step's dropout masks, 64 bits, signed; a number, or 0-d on the device.
     """
     model, scale = parts.model, parts.guard.loss_scale
     model.train()
@@ -139,7 +205,8 @@ def backward(parts: Parts, forward: Forward, micros: Iterable[MicroBatch], seed:
     for micro in micros:
         model.set_dropout(seed, micro.first_row)
         if parts.config.dropout_masks == "kernel":
-            torch.manual_seed(seed + micro.first_row)  # masks depend on nothing before the step
+            # Masks depend on nothing before the step.
+            torch.manual_seed(int(seed + micro.first_row))
         with runtime.casting(parts.device, parts.autocast):
             loss = forward(micro.ids_BT, micro.targets_BT)
         loss = loss * micro.weight
@@ -200,6 +267,6 @@ class _Clock:
 
 
 def _to_host(report: Tensor) -> Tensor:
-    if report.device.type == "cpu":
-        return report
-    return torch.empty_like(report, device="cpu", pin_memory=True).copy_(report, non_blocking=True)
+    """A copy, for the next step may write its report in the same place."""
+    copy = torch.empty_like(report, device="cpu", pin_memory=report.is_cuda)
+    return copy.copy_(report, non_blocking=True)

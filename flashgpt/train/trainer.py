@@ -23,7 +23,7 @@ from flashgpt.train.parts import build
 from flashgpt.train.record import Record
 from flashgpt.train.resume import check_start, go_on
 from flashgpt.train.saver import Saver
-from flashgpt.train.step import Stepper
+from flashgpt.train.step import Stepper, pays_as_graph
 
 
 class Trainer:
@@ -102,7 +102,8 @@ class Trainer:
         record.start(run, found.step if found else 0)
         record.state["skipped"] = found.state.get("skipped", []) if found else []
         kernels.clear_receipt()  # the run's record is of this run
-        stepper = Stepper(self.parts, runtime.compiled(model, config, listener.note))
+        forward = runtime.compiled(model, config, listener.note)
+        stepper = Stepper(self.parts, forward, pays_as_graph(self.parts), listener.note)
         stepper.next = found.step if found else 0
         with (
             runtime.repeating(config.deterministic),
