@@ -37,7 +37,7 @@ from flashgpt.train.loop import Listener
 from flashgpt.train.parts import Parts
 from flashgpt.train.record import versions
 from flashgpt.train.schedule import learning_rate
-from flashgpt.train.step import Forward, dropout_seed
+from flashgpt.train.step import Forward, dropout_seed, pays_as_graph
 from flashgpt.train.trainer import Trainer
 
 OUT = Path(__file__).with_suffix("")
@@ -91,6 +91,7 @@ def bare(parts: Parts, forward: Forward, data: TokenData, wanted: argparse.Names
     parts.model.train()
     limit, autocast = parts.config.grad_clip, parts.autocast
     bare_step = BareStep(forward, parts.model, parts.optimizer, limit, parts.device, autocast)
+    call = bare_step.graphed(print) if pays_as_graph(parts) else bare_step
     for step in range(wanted.warmup + wanted.steps):
         if step == wanted.warmup:
             _wait(parts.device)
@@ -98,7 +99,7 @@ def bare(parts: Parts, forward: Forward, data: TokenData, wanted: argparse.Names
         micro = micros[step % len(micros)]
         parts.model.set_dropout(dropout_seed(parts.config.seed, step), 0)
         parts.optimizer.set_rate(learning_rate(step, parts.config))
-        bare_step(micro.ids_BT, micro.targets_BT)
+        call(micro.ids_BT, micro.targets_BT)
     _wait(parts.device)
     return (time.perf_counter() - start) / wanted.steps
 

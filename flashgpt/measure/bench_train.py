@@ -29,7 +29,7 @@ from flashgpt.measure.flops import flop_per_token
 from flashgpt.measure.memory import peak_bytes
 from flashgpt.measure.train_variants import HUGGING_FACE, OFF, ON, TRAIN, Variant, build
 from flashgpt.model.gpt2 import GPTModel
-from flashgpt.train import runtime
+from flashgpt.train import graph, runtime
 from flashgpt.train.bare import BareStep
 
 WARM_UP = 2  # steps between the first one and those that are timed
@@ -92,6 +92,8 @@ class Row(Variant):
         peak_bytes: parameters, buffers and optimizer state, and the most that torch allocates
             beside them during a step: activations, gradients, scratch.
         first_step_seconds: of the first step, which compiles.
+        graph: whether the timed steps were replays of a CUDA graph, as the trainer's small steps
+            are; memory and parts are those of the same step without.
         parts: `ms` by part of a step (milliseconds).
     """
 
@@ -104,6 +106,7 @@ class Row(Variant):
     mfu: float
     peak_bytes: int
     first_step_seconds: float
+    graph: bool
     parts: dict[str, float]
 
 
@@ -139,9 +142,11 @@ class _Ready:
     """A variant after its warm-up."""
 
     bare: BareStep
-    step: Call  # `bare` on its tokens
+    plain: Call  # `bare` on its tokens
+    step: Call  # the same, as a graph where the trainer makes one
     kernels: list[str]
     first_step_seconds: float
+    graph: bool
 
 
 def measure(
@@ -267,18 +272,26 @@ def _warm(setup: Setup, variant: Variant) -> _Ready:
     tokens = torch.randint(setup.cfg.vocab_size, size, generator=generator).to(setup.device)
     ids_BT, targets_BT = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def step() -> None:
+    # What is not compiled is not captured either, as with train.compile = "off".
+    graphs = variant.compiled and graph.pays(setup.device, ids_BT.numel())
+    graphed = bare.graphed() if graphs else None
+
+    def plain() -> None:
         bare(ids_BT, targets_BT)
+
+    def step() -> None:
+        (graphed or bare)(ids_BT, targets_BT)
 
     start = time.perf_counter()
     step()
     _wait(setup.device)
     seconds = time.perf_counter() - start
-    for _ in range(WARM_UP):
+    for _ in range(graph.WARM_UP if graphed else WARM_UP):
         step()
     _wait(setup.device)
     names = sorted({line.split(" served ")[0] for line in kernels.receipt()})
-    return _Ready(bare, step, names, seconds)
+    captured = graphed is not None and graphed.compute.captured
+    return _Ready(bare, plain, step, names, seconds, captured)
 
 
 def _row(
@@ -290,7 +303,7 @@ def _row(
     held = [*model.parameters(), *model.buffers(), *state.values()]
     named = contextlib.nullcontext() if variant.compiled else step_parts.modules_in_trace()
     with named:
-        profiled = _repeated(ready.step, PROFILED)
+        profiled = _repeated(ready.plain, PROFILED)
         parts = step_parts.milliseconds(profiled, PROFILED, setup.device, ms)
     return Row(
         **vars(variant),
@@ -301,8 +314,9 @@ def _row(
         ms_max=max(times),
         rounds=len(times),
         mfu=result.flop_per_token * speed / result.peak_flop_per_second,
-        peak_bytes=sum(t.nbytes for t in held) + peak_bytes(ready.step, setup.device),
+        peak_bytes=sum(t.nbytes for t in held) + peak_bytes(ready.plain, setup.device),
         first_step_seconds=ready.first_step_seconds,
+        graph=ready.graph,
         parts=parts,
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flashgpt.config import GPTConfig
 from flashgpt.model.gpt2 import GPTModel
@@ -49,7 +49,8 @@ def build(
     model = (_own_model if ours else _peer)(cfg, variant).to(device).train()
     made = optimizer.build(model, TRAIN) if ours else _optimizer_of_peer(model)
     forward = _forward(model, variant, device)
-    return BareStep(forward, model, made, TRAIN.grad_clip, device, autocast)
+    prepare = _new_masks(model) if isinstance(model, GPTModel) else lambda: None
+    return BareStep(forward, model, made, TRAIN.grad_clip, device, autocast, prepare)
 
 
 def _own_model(cfg: GPTConfig, variant: Variant) -> nn.Module:
@@ -101,11 +102,10 @@ def _forward(model: nn.Module, variant: Variant, device: torch.device) -> Forwar
         call = torch.compile(model, options=on_cpu if device.type == "cpu" else None)
     if not isinstance(model, GPTModel):
         return lambda ids_BT, _: call(input_ids=ids_BT, labels=ids_BT).loss
+    return call
+
+
+def _new_masks(model: GPTModel) -> Callable[[], None]:
+    """Gives each step dropout masks of its own, as the trainer does."""
     steps = iter(range(2**31))
-
-    def forward(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        model.set_dropout(dropout_seed(TRAIN.seed, next(steps)), 0)
-        loss: Tensor = call(ids_BT, targets_BT)
-        return loss
-
-    return forward
+    return lambda: model.set_dropout(dropout_seed(TRAIN.seed, next(steps)), 0)

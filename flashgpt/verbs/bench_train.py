@@ -181,7 +181,7 @@ def _show(out: Console, result: Result) -> None:
 
 
 def _how(row: Row) -> str:
-    return "compiled" if row.compiled else "eager"
+    return f"{'compiled' if row.compiled else 'eager'}{', graph' if row.graph else ''}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:

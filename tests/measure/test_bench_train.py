@@ -24,7 +24,7 @@ from flashgpt.measure.flops import flop_per_token
 from flashgpt.measure.step_parts import PARTS
 from flashgpt.measure.train_variants import HUGGING_FACE, OFF, ON, TRAIN, Variant, build
 from flashgpt.model.gpt2 import GPTModel
-from flashgpt.train import runtime
+from flashgpt.train import graph, runtime
 from flashgpt.train.bare import BareStep
 
 CPU = torch.device("cpu")
@@ -169,6 +169,33 @@ def test_eager_and_compiled_are_rows_of_their_own(compiler: list[nn.Module]) -> 
     assert len(compiler) == 3 and isinstance(compiler[0], GPTModel)
     alone = measure(_setup(compile="on", dropouts=(0.0,)))
     assert [row.compiled for row in alone.rows] == [True] * 3
+
+
+def test_compiled_steps_are_graphs_where_the_trainers_are(
+    compiler: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain step stands in for the replay; what is captured again and again is no replay."""
+    captures: list[object] = []
+
+    class Stream:
+        def run(self, call: Any) -> Any:
+            return call()
+
+        def capture(self, call: Any) -> Any:
+            captures.append(call)
+            if len(captures) == 2:
+                raise RuntimeError("no")
+            return call, None
+
+    monkeypatch.setattr(graph, "Stream", Stream)
+    monkeypatch.setattr(graph, "pays", lambda device, tokens: tokens == 32)
+    found = measure(_setup(compile="both", dropouts=(0.1,)))
+    assert [(row.compiled, row.graph) for row in found.rows] == [
+        (False, False), (True, True), (False, False), (True, False), (False, False), (True, True)
+    ]  # fmt: skip
+    assert len(captures) == len(compiler) == 3
+    for row in found.rows:
+        assert sum(row.parts.values()) == pytest.approx(row.ms) and row.peak_bytes > 0
 
 
 def test_without_a_compiler_compiled_rows_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
