@@ -119,7 +119,7 @@ def peer_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) 
         adamw = model.configure_optimizers(  # type: ignore[operator]
             config.weight_decay, config.lr, (config.beta1, config.beta2), device.type
         )
-    return Optimizer({p: name for name, p in model.named_parameters()}, [adamw])
+    return Optimizer({p: name for name, p in model.named_parameters()}, [adamw], config.lr)
 
 
 def own_forward(model: GPTModel, config: TrainConfig, *, compiled: bool) -> Forward:

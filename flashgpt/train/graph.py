@@ -128,7 +128,13 @@ class Stream:
             # Other threads may pin memory meanwhile: those that read batches and write checkpoints.
             graph.capture_begin(capture_error_mode="thread_local")
             try:
-                out = call()
-            finally:
-                graph.capture_end()
+                try:
+                    out = call()
+                finally:
+                    graph.capture_end()
+            except Exception:
+                # Left as it is, the generator would wait for the capture that broke off.
+                generator = torch.cuda.default_generators[self._side.device.index]
+                generator.graphsafe_set_state(generator.clone_state())
+                raise
         return graph.replay, out
