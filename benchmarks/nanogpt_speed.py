@@ -67,6 +67,10 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--shape", choices=SHAPES, default="small", help="of the model: that of GPT-2 (small)")
     for name in SIZES:
         add(f"--{name}", type=int, help=f"{name} of the model, where not those of the shape")
+    add(
+        "--activation", choices=("gelu", "gelu_new"), default="gelu",
+        help="GELU of our model: nanoGPT's, or GPT-2's own, which is fused on a GPU (gelu)",
+    )  # fmt: skip
     add("--batch", nargs="+", default=["16"], help="rows of a step, or fit: all that fit (16)")
     add("--length", type=int, default=1024, help="tokens of a row (1024)")
     add("--vocab-size", type=int, default=50304, help="tokens of the vocabulary (50304)")
@@ -78,7 +82,8 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=out, help="folder of the result")
     wanted = parser.parse_args(argv)
     sizes = {key: vars(wanted)[name] for name, key in SIZES.items() if vars(wanted)[name]}
-    shape = {**PRESETS[SHAPES[wanted.shape]], "activation": "gelu", "drop_rate": 0.0, **sizes}
+    shape = {**PRESETS[SHAPES[wanted.shape]], "activation": wanted.activation, "drop_rate": 0.0}
+    shape |= sizes
     shape |= {"vocab_size": wanted.vocab_size, "context_length": wanted.length}
     try:
         wanted.module = nanogpt.load(wanted.nanogpt)
@@ -238,7 +243,7 @@ def show(record: dict[str, Any]) -> None:
         f"speed (tokens/s) and memory as parts of {base}'s of the same dropout and batch; "
         "* the largest batch that fits\n"
         f"{cfg['n_layers']} layers, {cfg['n_heads']} heads, width {cfg['emb_dim']}, "
-        f"{cfg['context_length']} tokens a row, {record['products']}; {made['device']}, "
+        f"{cfg['context_length']} tokens a row, our {cfg['activation']}, {record['products']}; {made['device']}, "
         f"torch {made['torch']}"
     )
 
