@@ -9,6 +9,7 @@ Legend: B batch, T query positions, S key positions, N heads, H head dim.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -181,7 +182,7 @@ def _serve(
     if packed and not served.packed:
         tensors = split(like)
     if name == standard.NAME:
-        with torch.autocast(like.device.type, enabled=False):  # out in q's dtype, as elsewhere
+        with _no_autocast(like):
             return standard.attention(
                 *tensors,
                 dropout=dropout,
@@ -191,6 +192,17 @@ def _serve(
             )
     out_BNTH, lse = served.attention(*tensors, dropout=dropout, documents_BS=documents_BT)
     return out_BNTH, lse, None
+
+
+def _no_autocast(like: Tensor) -> contextlib.AbstractContextManager[object]:
+    """While entered, autocast does not change the dtype of what is computed from `like`.
+
+    Nothing where it would not anyway: torch keeps no compiled code with such a switch in it.
+    """
+    kind = like.device.type
+    if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == like.dtype:
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, mask: Tensor | None) -> None:

@@ -471,6 +471,14 @@ def test_autocast_changes_nothing(kernel: str) -> None:
         assert torch.equal(got, plain[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing_in_half_precision(dtype: torch.dtype) -> None:
+    qkv = [x.detach().half() for x in Case(33, 33).inputs()[:3]]
+    plain = attend(*qkv, use_flash=False)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(attend(*qkv, use_flash=False), plain)
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(4, 4), (1, 4), (2, 4)])
 @pytest.mark.parametrize("options", [{}, {"kernel": "blocked"}, {"use_flash": False}], ids=str)
 def test_an_empty_batch_gives_an_empty_result(
