@@ -12,6 +12,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from flashgpt import usercache
+
 VERBS = {
     "demo": "from text to a trained GPT that writes, in about two minutes",
     "prepare": "turn text into token files",
@@ -22,6 +24,7 @@ VERBS = {
     "bench": "time and memory of attention kernels, or of a training step, on this machine",
     "info": "versions, devices, and which attention kernels can run here",
 }
+COMPILE = ("demo", "train", "verify")
 OLDEST_TORCH = (2, 9)
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
@@ -63,6 +66,8 @@ def _run(argv: list[str]) -> int:
     if verb not in VERBS:
         raise UsageError(_unknown_verb(verb))
     _prepare_torch()
+    if verb in COMPILE:
+        _keep_compiled_code()
     module = importlib.import_module(f"flashgpt.verbs.{verb}")
     return int(module.main(rest))
 
@@ -82,6 +87,22 @@ def _prepare_torch() -> None:
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         needed = ".".join(map(str, OLDEST_TORCH))
         raise RuntimeError(f"torch must be {needed} or newer, got {version}; upgrade it")
+
+
+def _keep_compiled_code() -> None:
+    """Has torch keep what it compiles in the user's cache, where the next process finds it.
+
+    Torch's own place is the system's folder for temporary files, which is lost at reboot. It
+    stays if the cache cannot be written, and gives way to one that the user named. It is fixed
+    when torch's compiler is imported, which an optimizer does; hence here.
+    """
+    try:
+        folder = usercache.folder() / "compile"
+    except RuntimeError:  # no home
+        return
+    there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+    if os.path.isdir(there) and os.access(there, os.W_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def _report(error: Exception, status: int, debug: bool) -> int:

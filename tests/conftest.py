@@ -33,10 +33,17 @@ MEASURED = ("tokens_per_second", "data_seconds", "peak_memory_bytes")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _no_measurement_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Kernels are chosen as built in, whatever `bench attention --save` left here."""
+def _no_cache_of_this_user(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[None]:
+    """Kernels are chosen as built in, whatever `bench attention --save` left here.
+
+    Compiled code is kept from one run of the tests to the next.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLASHGPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        if pytestconfig.cache is not None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(pytestconfig.cache.mkdir("compiled")))
         yield
 
 

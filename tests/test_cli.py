@@ -232,6 +232,48 @@ def test_a_torch_that_is_too_old_or_missing_is_named(
     assert "torch is not installed" in cli("info").error(1)
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_compiled_code_goes_into_the_users_cache(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch looks at the variable, before its compiler is imported; nothing is made yet."""
+    ran = []
+    module = SimpleNamespace(main=lambda argv: ran.append(argv) or 0)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+
+    def place() -> str | None:
+        assert cli.main([verb]) == 0 and ran.pop() == []
+        return os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+
+    monkeypatch.setenv("FLASHGPT_CACHE", str(tmp_path / "new"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    compiles = verb in ("demo", "train", "verify")
+    assert place() == (str(tmp_path / "new" / "compile") if compiles else None)
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    assert place() == "mine"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setattr(cli.os, "access", lambda *_: False)  # root may write anywhere
+    assert place() is None
+
+
+def test_without_a_writable_cache_torch_keeps_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FLASHGPT_CACHE", str(tmp_path / "file"))
+    cli._keep_compiled_code()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cli.usercache, "folder", homeless)
+    cli._keep_compiled_code()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
 def test_an_error_without_words_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(argv: object) -> int:
         raise RuntimeError

@@ -1,9 +1,8 @@
 """Which attention kernel is fastest on the user's own device, as measured there.
 
 `flashgpt bench attention --save` writes the measurement, `kernels.choose` reads it instead of its
-built-in order. One small JSON file holds all devices of a user: `attention.json` in
-$FLASHGPT_CACHE, or in $XDG_CACHE_HOME/flashgpt, or in ~/.cache/flashgpt. A measurement counts on
-the same device with the same number of threads and the same torch.
+built-in order. One small JSON file in the user's cache holds all devices: `attention.json`. A
+measurement counts on the same device with the same number of threads and the same torch.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import datetime
 import functools
 import json
 import math
-import os
 import platform
 import re
 import warnings
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 
+from flashgpt import usercache
 from flashgpt.attention.request import Request
 
 FORMAT = 1
@@ -57,10 +56,7 @@ class Order:
 
 def path() -> Path:
     """Where the measurements lie."""
-    if folder := os.environ.get("FLASHGPT_CACHE"):
-        return Path(folder) / "attention.json"
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "flashgpt" / "attention.json"
+    return usercache.folder() / "attention.json"
 
 
 def device_name(device_type: str) -> str:
