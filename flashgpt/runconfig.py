@@ -202,7 +202,7 @@ class TrainConfig:
     ] = "shared"
     compile: Annotated[
         Literal["auto", "on", "off"],
-        Doc("torch.compile; auto: where a probe works and the planned run repays it"),
+        Doc("torch.compile; auto: where it works here and the planned run repays it"),
     ] = "auto"
 
     def __post_init__(self) -> None:

@@ -68,6 +68,7 @@ class Run:
         batches: where the tokens of a step stand; `feed` brings them.
         config: the whole config, as it goes into the folder.
         stepper: stands at the first step to do.
+        compiled: whether its steps are.
     """
 
     parts: Parts
@@ -77,6 +78,7 @@ class Run:
     record: Record
     feed: Feed
     stepper: Stepper
+    compiled: bool
     saver: Saver
     signals: runtime.StopSignals
     listener: Listener
@@ -97,7 +99,6 @@ class Run:
         if start is not None:
             self.saved = start.path
             evaluation = self._catch_up(start)
-        self.saver.submit(lambda: self.copies.reserve(self.parts.model.parameters(), COPIES))
         if first >= self.last:
             key = "steps" if self.train.stop_at is None else "stop_at"
             self.listener.note(f"step {first} of {self.last} is done; a larger train.{key} goes on")
@@ -316,6 +317,7 @@ class Run:
             "data": self.data.fingerprint,
             "receipt": receipt,
             "train": dataclasses.asdict(self.train),
+            "compiled": self.compiled,
             "skipped": list(record.state["skipped"]),
             "entry": None if entry is None else dict(entry),
         }

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import os
 import shutil
 import signal
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Literal, Self
 
 import torch
 from torch import Tensor
+from torch.compiler import config as compiler_config
 
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import TrainConfig
 
-# On a CPU the compiler takes about a minute and wins about a third of a step.
+# On two CPU cores the compiler takes half a minute and wins 2 to 10 % of a step (1.9 M parameters,
+# torch 2.13): so much work, five hours there, repays it many times.
 COMPILE_REPAYS_FLOP = 2e15
+MOST_MODELS = 256  # of different shapes in a process; dynamo has the same limit for everything
 # Ctrl-C, a polite end, and a terminal that is closed (which Windows does not tell).
 SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -98,34 +104,110 @@ def compiled(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The model's forward pass, compiled where that works and repays.
 
-    The decision depends on the config and on whether a compiler is there, never on a measured
+    A forward and a backward pass are rehearsed, so that all is compiled, or has failed, before the
+    first step. To be called under what the steps run under (`repeating`): code is made for that.
+
+    The decision depends on the config and on whether compiling works here, never on a measured
     time, so that a resumed run computes in the same way.
+
+    Raises:
+        ValueError: `train.compile` is on, and compiling fails.
+        MemoryError, torch.OutOfMemoryError: the rehearsal does not fit.
     """
+    if not _wants_compiler(model, config):
+        return model
+    reason = _no_compiler(model.wte.weight.device)
+    if reason is None:
+        note("compiles the model: up to a minute, or seconds where it was compiled before")
+        # Gradients and shapes of our operators go into kept code, into its key their names alone.
+        compiler_config.cache_key_tag = compiler_config.cache_key_tag or _sources_digest()
+        try:
+            # Static, so that the code does not depend on the shapes that this process saw before.
+            forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(model, dynamic=False)
+            _rehearse(forward, model, config)
+            return forward
+        except Exception as error:
+            reason = _why(error)
+    if config.compile == "on":
+        raise ValueError(f"train.compile is 'on', but {reason}; use auto or off")
+    note(f"runs without torch.compile: {reason}")
+    return model
+
+
+def _wants_compiler(model: GPTModel, config: TrainConfig) -> bool:
     on_cpu = model.wte.weight.device.type == "cpu"
     flop = 6 * model.n_parameters * config.tokens_per_step * config.steps
-    if config.compile == "off" or (
-        config.compile == "auto" and on_cpu and flop < COMPILE_REPAYS_FLOP
-    ):
-        return model
-    if reason := cannot_compile(model.wte.weight.device):
-        if config.compile == "on":
-            raise ValueError(f"train.compile is 'on', but {reason}; use auto or off")
-        note(f"runs without torch.compile: {reason}")
-        return model
-    note("compiles the model; the first step takes about a minute")
-    forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(model)
-    return forward
+    return config.compile == "on" or (
+        config.compile == "auto" and not (on_cpu and flop < COMPILE_REPAYS_FLOP)
+    )
+
+
+def _rehearse(
+    forward: Callable[[Tensor, Tensor], Tensor], model: GPTModel, config: TrainConfig
+) -> None:
+    """Forward and backward on a micro-batch of zeros; gradients and random states stay."""
+    device, length = model.wte.weight.device, model.cfg.context_length
+    shape = (config.micro_batch or config.rows(length), length)
+    # Two tensors: code for one in both places would serve no step.
+    ids_BT, targets_BT = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
+    was_training = model.training
+    model.train()
+    model.set_dropout(0)
+    try:
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            # Past its limit dynamo would run the ninth model of a process uncompiled.
+            torch._dynamo.config.patch(recompile_limit=MOST_MODELS),
+        ):
+            with casting(device, autocast_dtype(config.precision, device)):
+                loss = forward(ids_BT, targets_BT)
+            torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    finally:
+        model.set_dropout(None)
+        model.train(was_training)
+
+
+@functools.cache
+def _sources_digest() -> str:
+    """Of what a compiled model is made from."""
+    digest = hashlib.sha256()
+    for part in ("attention", "model"):
+        for path in sorted((Path(__file__).parents[1] / part).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def cannot_compile(device: torch.device) -> str | None:
     """Compiles a one-line function: None if that works, else why it does not."""
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        return "no C++ compiler was found"
+    if reason := _no_compiler(device):
+        return reason
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-    except (RuntimeError, OSError, ImportError) as error:
-        return f"the compiler fails ({type(error).__name__}: {str(error).splitlines()[0]})"
+    except Exception as error:
+        return _why(error)
     return None
+
+
+def _no_compiler(device: torch.device) -> str | None:
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "no C++ compiler was found"
+    return None
+
+
+def _why(error: Exception) -> str:
+    """Why compiling failed, in a line.
+
+    It fails in many ways, a compiler's process that dies among them. Lack of memory is none of
+    them and is raised again.
+    """
+    cause: BaseException = error
+    while (inner := getattr(cause, "inner_exception", None)) is not None:
+        cause = inner
+    if isinstance(cause, MemoryError | torch.OutOfMemoryError):
+        raise error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [""]
+    said = next((line for line in lines if "error:" in line), lines[0])  # g++ says it later
+    return f"the compiler fails ({type(cause).__name__}: {said})"
 
 
 class StopSignals:

@@ -22,8 +22,8 @@ from flashgpt.train.loop import COPIES, Listener, Result, Run
 from flashgpt.train.parts import build
 from flashgpt.train.record import Record
 from flashgpt.train.resume import check_start, go_on
-from flashgpt.train.saver import Saver
-from flashgpt.train.step import Stepper, pays_as_graph
+from flashgpt.train.saver import HostCopies, Saver
+from flashgpt.train.step import Forward, Stepper, pays_as_graph
 
 
 class Trainer:
@@ -102,19 +102,36 @@ class Trainer:
         record.start(run, found.step if found else 0)
         record.state["skipped"] = found.state.get("skipped", []) if found else []
         kernels.clear_receipt()  # the run's record is of this run
-        forward = runtime.compiled(model, config, listener.note)
-        stepper = Stepper(self.parts, forward, pays_as_graph(self.parts), listener.note)
-        stepper.next = found.step if found else 0
         with (
             runtime.repeating(config.deterministic),
             runtime.StopSignals() as signals,
             self._feed(batches) as feed,
             Saver() as saver,
         ):
+            saver.submit(lambda: HostCopies.reserve(model.parameters(), COPIES))
+            forward = self._forward(found, listener)
+            stepper = Stepper(self.parts, forward, pays_as_graph(self.parts), listener.note)
+            stepper.next = found.step if found else 0
+            compiled = forward is not model
             this = Run(
-                self.parts, data, batches, run, record, feed, stepper, saver, signals, listener
+                *(self.parts, data, batches, run, record, feed, stepper),
+                *(compiled, saver, signals, listener),
             )
             return this.go(found)
+
+    def _forward(self, found: checkpoint.Checkpoint | None, listener: Listener) -> Forward:
+        """The forward pass of the steps; notes if that of the steps before was another."""
+        model, config = self.parts.model, self.parts.config
+        if found and found.step >= (config.stop_at or config.steps):
+            return model  # no step is left to do
+        forward = runtime.compiled(model, config, listener.note)
+        now = forward is not model
+        if found and found.state.get("compiled", now) != now:  # older checkpoints do not say
+            ways = ("eager", "compiled")
+            listener.note(
+                f"steps are {ways[now]} from here on, were {ways[not now]}: they round otherwise"
+            )
+        return forward
 
     def time_step(self, data: TokenData, seconds: float) -> float:
         """Median seconds per optimizer step, from about `seconds` of training.

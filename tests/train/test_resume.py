@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from flashgpt.data.batches import Batches
 from flashgpt.train import checkpoint, optimizer, step
@@ -61,12 +62,22 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
 def test_a_compiled_run_goes_on_bit_for_bit(
     use_flash: bool, tmp_path: Path, train: Callable[..., Any], trained: Any, cli: Cli
 ) -> None:
+    """Compiled once for all steps: seeds, rates, micro-batches, evaluations between, a resume."""
     small = ("--model.n-layers", 1, "--train.steps", 4, "--train.compile", "on")
-    small += ("--model.use-flash", use_flash)
-    halves = train(tmp_path / "halves", *small, "--train.stop-at", 2)
-    shown = cli("train", "--resume", "--out", halves.folder).done()
+    small += ("--model.use-flash", use_flash, "--train.micro-batch", 2, "--train.eval-every", 1)
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        halves = train(tmp_path / "halves", *small, "--train.stop-at", 2)
+        shown = cli("train", "--resume", "--out", halves.folder).done()
     assert "compiles the model" in shown and "runs without torch.compile" not in shown
+    assert counters["frames"] == {"total": 1, "ok": 1}
+    torch._dynamo.reset()  # as in another process
+    counters.clear()
     whole = train(tmp_path / "whole", *small)
+    kept = {name: n for name, n in counters["aot_autograd"].items() if "cache" in name}
+    assert kept == {"autograd_cache_hit": 1}  # all was found that was made before
+    assert counters["inductor"]["fxgraph_cache_hit"] == 2
     mine, other = halves.tensors(), whole.tensors()
     assert len(mine) > 40 and all(torch.equal(mine[name], other[name]) for name in mine | other)
     logs = [[(e["loss"], e["grad_norm"]) for e in run.metrics] for run in (halves, whole)]

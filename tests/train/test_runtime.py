@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
+import math
 import os
 import signal
 import threading
@@ -13,6 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import nop
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+from torch._inductor.exc import CppCompileError, InductorError
+from torch.compiler import config as compiler_config
 
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import TrainConfig
@@ -57,40 +66,204 @@ def test_what_the_machine_cannot_do_is_named(
     assert not (tmp_path / "run").exists()
 
 
+class Compiler:
+    """In place of torch.compile: code that computes as the model does, seen at work."""
+
+    def __init__(self) -> None:
+        self.models: list[GPTModel] = []
+        self.calls: list[tuple[bool, list[int]]] = []  # (repeats bit for bit, shape)
+        self.error: Exception | None = None
+
+    def __call__(self, model: GPTModel, **_: object) -> Callable[..., Tensor]:
+        if self.error is not None:
+            raise self.error
+        self.models.append(model)
+
+        def forward(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+            self.calls.append((torch.are_deterministic_algorithms_enabled(), list(ids_BT.shape)))
+            assert ids_BT is not targets_BT and model.training
+            loss: Tensor = model(ids_BT, targets_BT)
+            return loss
+
+        return forward
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    made = Compiler()
+    monkeypatch.setattr(torch, "compile", made)
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: "/usr/bin/g++")
+    return made
+
+
+def long(model: GPTModel, flop: float, **more: Any) -> TrainConfig:
+    """A config that plans `flop` at least, and not a step more."""
+    steps = math.ceil(flop / (6 * model.n_parameters * 20))
+    return TrainConfig(steps=steps, tokens_per_step=20, micro_batch=2, **more)
+
+
 def test_the_compiler_is_used_where_it_is_there_and_repays(
-    monkeypatch: pytest.MonkeyPatch,
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, notes = GPTModel(CFG), list[str]()
-    monkeypatch.setattr(torch, "compile", lambda m: m if not isinstance(m, GPTModel) else (m,))
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: "/usr/bin/g++")
-    long = TrainConfig(steps=10**9, tokens_per_step=10**9)
-    assert runtime.compiled(model, TrainConfig(), notes.append) is model
-    assert runtime.compiled(model, TrainConfig(compile="off", steps=10**9), notes.append) is model
-    assert notes == []
-    for config in (long, TrainConfig(compile="on")):
-        assert runtime.compiled(model, config, notes.append) == (model,)
-    assert len(notes) == 2
+    repays = long(model, runtime.COMPILE_REPAYS_FLOP)
+    for config in (
+        TrainConfig(),
+        dataclasses.replace(repays, steps=repays.steps - 1),
+        dataclasses.replace(repays, compile="off"),
+    ):
+        assert runtime.compiled(model, config, notes.append) is model
+    assert notes == [] and compiler.models == []
+    on = TrainConfig(tokens_per_step=20, micro_batch=2, compile="on")
+    for config in (repays, on):
+        assert runtime.compiled(model, config, notes.append) is not model
+    assert len(notes) == 2 and compiler.models == [model, model]
     monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
-    assert runtime.compiled(model, long, notes.append) is model
+    assert runtime.compiled(model, repays, notes.append) is model
     assert "no C++ compiler" in notes[-1]
     with pytest.raises(ValueError, match=r"train.compile is 'on', but no C\+\+ compiler"):
-        runtime.compiled(model, TrainConfig(compile="on"), notes.append)
+        runtime.compiled(model, on, notes.append)
+    assert compiler.models == [model, model]
 
 
-def test_a_compiler_that_fails_is_said_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, notes = GPTModel(CFG), list[str]()
+def test_a_rehearsal_is_like_a_step_and_leaves_no_trace(compiler: Compiler) -> None:
+    model = GPTModel({**CFG, "drop_rate": 0.5})
+    model.eval().set_attention(own_masks=True)
+    state = torch.random.get_rng_state()
+    runtime.compiled(model, long(model, runtime.COMPILE_REPAYS_FLOP), lambda _: None)
+    assert compiler.calls == [(False, [2, 5])]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not model.training and all(p.grad is None for p in model.parameters())
 
-    def broken(_: object) -> object:
-        raise RuntimeError("g++ returned 1\nand a page more")
 
-    monkeypatch.setattr(torch, "compile", broken)
+def test_steps_run_under_what_the_code_was_made_for(
+    compiler: Compiler, tmp_path: Path, train: Callable[..., Any], trained: Any
+) -> None:
+    micro = ("--train.compile", "on", "--train.micro-batch", 2)
+    run = train(tmp_path / "run", *micro)
+    assert compiler.calls == [(False, [2, 32])] * (1 + 2 * 12)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert [m["step"] for m in run.metrics] == [m["step"] for m in trained.metrics]
+
+
+def test_a_resumed_run_says_when_its_steps_are_of_another_kind(
+    compiler: Compiler, tmp_path: Path, train: Callable[..., Any], cli: Callable[..., Any]
+) -> None:
+    run = train(tmp_path / "run", "--train.compile", "on", "--train.stop-at", 4)
+    again = ("train", "--resume", "--out", run.folder)
+    assert "steps are" not in cli(*again, "--train.stop-at", 8).done()
+    shown = " ".join(cli(*again, "--train.compile", "off").done().split())
+    assert "steps are eager from here on, were compiled" in shown
+    before = len(compiler.calls)
+    assert "step 12 of 12 is done" in cli(*again, "--train.compile", "on").done()
+    assert len(compiler.calls) == before  # nothing to compile for
+
+
+def test_many_shapes_in_a_process_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past its limit, 8 as it comes, dynamo runs code uncompiled, with a warning of its own."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(runtime.shutil, "which", lambda name: "/usr/bin/g++")
-    long = TrainConfig(steps=10**9, tokens_per_step=10**9)
-    assert runtime.compiled(model, long, notes.append) is model
-    reason = "the compiler fails (RuntimeError: g++ returned 1)"
-    assert notes == [f"runs without torch.compile: {reason}"]
-    with pytest.raises(ValueError, match="g\\+\\+ returned 1"):
-        runtime.compiled(model, TrainConfig(compile="on"), notes.append)
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for emb_dim in (8, 16, 24):
+            model = GPTModel({**CFG, "emb_dim": emb_dim})
+            runtime.compiled(model, long(model, 1e16), lambda _: None)
+    assert counters["frames"] == {"total": 3, "ok": 3}
+
+
+def fails(graph: object, _: object) -> Callable[..., object]:
+    """A backend for half a compiler: it makes no backward pass."""
+    raise KeyError("no register left\nand a page more")
+
+
+def short_of_memory(graph: object, _: object) -> Callable[..., object]:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """broken(fails): torch.compile makes forward passes, of backward passes what `fails` makes."""
+
+    def breaks(backward: Callable[..., Any]) -> None:
+        backend = aot_autograd(fw_compiler=nop, bw_compiler=backward)
+        compiles = functools.partial(torch.compile, backend=backend)
+        torch._dynamo.reset()
+        monkeypatch.setattr(torch, "compile", compiles)
+        monkeypatch.setattr(runtime.shutil, "which", lambda name: "/usr/bin/g++")
+        monkeypatch.setattr(runtime, "COMPILE_REPAYS_FLOP", 0)
+
+    return breaks
+
+
+def test_a_model_that_does_not_compile_runs_eagerly_and_says_so(
+    broken: Callable[..., None],
+    tmp_path: Path,
+    cli: Callable[..., Any],
+    options: list[str],
+    trained: Any,
+) -> None:
+    broken(fails)
+    reason = "the compiler fails (KeyError: 'no register left\\nand a page more')"
+    shown = cli("train", *options, "--out", tmp_path / "run")
+    said = " ".join(shown.done().split())
+    assert said.count(f"runs without torch.compile: {reason}") == 1 and shown.err == ""
+    assert type(trained)(tmp_path / "run").same_as(trained)
+    refused = cli("train", *options, "--train.compile", "on", "--out", tmp_path / "on").error(1)
+    assert f"train.compile is 'on', but {reason}; use auto or off" in refused
+
+
+def test_lack_of_memory_is_no_failure_to_compile(
+    broken: Callable[..., None], tmp_path: Path, cli: Callable[..., Any], options: list[str]
+) -> None:
+    broken(short_of_memory)
+    refused = cli("train", *options, "--out", tmp_path / "run").error(1)
+    assert "CUDA out of memory. Tried to allocate 2.00 GiB" in refused
+
+
+def test_a_cpp_compiler_that_dies_is_quoted(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = "In file included from x.h\ng++: fatal error: Killed signal\ncompilation terminated"
+    died = InductorError(CppCompileError(["g++", "x.cpp"], output), None)
+    compiler.error = died
+    model, notes = GPTModel(CFG), list[str]()
+    assert runtime.compiled(model, long(model, 1e16), notes.append) is model
+    reason = "the compiler fails (CppCompileError: g++: fatal error: Killed signal)"
+    assert notes[-1] == f"runs without torch.compile: {reason}"
+
+
+def test_a_python_without_a_compiler_is_said(compiler: Compiler) -> None:
+    compiler.error = RuntimeError("no compiler for Python 9\nand a page more")
+    model, notes = GPTModel(CFG), list[str]()
+    assert runtime.compiled(model, long(model, 1e16), notes.append) is model
+    reason = "the compiler fails (RuntimeError: no compiler for Python 9)"
+    assert notes[-1] == f"runs without torch.compile: {reason}"
+    assert runtime.cannot_compile(CPU) == reason
+
+
+def test_kept_code_is_told_from_that_of_other_sources(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own key has no part in the gradients of our operators, which are in the code."""
+    model = GPTModel(CFG)
+
+    def tag(named: str = "") -> str:
+        runtime._sources_digest.cache_clear()
+        with compiler_config.patch(cache_key_tag=named):
+            runtime.compiled(model, long(model, 1e16), lambda _: None)
+            return compiler_config.cache_key_tag
+
+    before = tag()
+    assert before and before == tag()
+    read = Path.read_bytes
+    changed = "flashgpt/model/loss.py"
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda p: read(p) + b"#" * p.as_posix().endswith(changed)
+    )
+    assert tag() not in (before, "")
+    assert tag("mine") == "mine"
+    runtime._sources_digest.cache_clear()
 
 
 @pytest.fixture(autouse=True)
