@@ -12,9 +12,10 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
+import torch.utils.deterministic
 from torch import Tensor
 from torch.compiler import config as compiler_config
 
@@ -92,11 +93,15 @@ def repeating(on: bool) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
+    settings: Any = torch.utils.deterministic  # whose one setting type checkers do not see
+    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # nobody reads it; filling takes time
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = filled
 
 
 def compiled(
@@ -140,6 +145,16 @@ def _wants_compiler(model: GPTModel, config: TrainConfig) -> bool:
     return config.compile == "on" or (
         config.compile == "auto" and not (on_cpu and flop < COMPILE_REPAYS_FLOP)
     )
+
+
+def must_repeat(model: GPTModel, config: TrainConfig) -> bool:
+    """Whether the steps are to run under `repeating`.
+
+    On the CPU PyTorch's own kernels repeat without. Compiled code does not: several threads add
+    up the gradient of an embedding, in the order in which they come.
+    """
+    on_cpu = model.wte.weight.device.type == "cpu"
+    return config.deterministic or (on_cpu and _wants_compiler(model, config))
 
 
 def _rehearse(

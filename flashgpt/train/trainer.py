@@ -103,7 +103,7 @@ class Trainer:
         record.state["skipped"] = found.state.get("skipped", []) if found else []
         kernels.clear_receipt()  # the run's record is of this run
         with (
-            runtime.repeating(config.deterministic),
+            runtime.repeating(runtime.must_repeat(model, config)),
             runtime.StopSignals() as signals,
             self._feed(batches) as feed,
             Saver() as saver,

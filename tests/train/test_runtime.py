@@ -113,10 +113,13 @@ def test_the_compiler_is_used_where_it_is_there_and_repays(
         dataclasses.replace(repays, compile="off"),
     ):
         assert runtime.compiled(model, config, notes.append) is model
+        assert not runtime.must_repeat(model, config)
+        assert runtime.must_repeat(model, dataclasses.replace(config, deterministic=True))
     assert notes == [] and compiler.models == []
     on = TrainConfig(tokens_per_step=20, micro_batch=2, compile="on")
     for config in (repays, on):
         assert runtime.compiled(model, config, notes.append) is not model
+        assert runtime.must_repeat(model, config)
     assert len(notes) == 2 and compiler.models == [model, model]
     monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
     assert runtime.compiled(model, repays, notes.append) is model
@@ -141,7 +144,7 @@ def test_steps_run_under_what_the_code_was_made_for(
 ) -> None:
     micro = ("--train.compile", "on", "--train.micro-batch", 2)
     run = train(tmp_path / "run", *micro)
-    assert compiler.calls == [(False, [2, 32])] * (1 + 2 * 12)
+    assert compiler.calls == [(True, [2, 32])] * (1 + 2 * 12)
     assert not torch.are_deterministic_algorithms_enabled()
     assert [m["step"] for m in run.metrics] == [m["step"] for m in trained.metrics]
 
@@ -316,8 +319,10 @@ def test_repeating_holds_while_entered(before: bool, monkeypatch: pytest.MonkeyP
             assert torch.are_deterministic_algorithms_enabled() == before
         with contextlib.suppress(KeyError), runtime.repeating(True):
             assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.utils.deterministic.fill_uninitialized_memory
             raise KeyError
         assert torch.are_deterministic_algorithms_enabled() == before
+        assert torch.utils.deterministic.fill_uninitialized_memory
     finally:
         torch.use_deterministic_algorithms(False)
 
