@@ -243,8 +243,8 @@ def show(record: dict[str, Any]) -> None:
         f"speed (tokens/s) and memory as parts of {base}'s of the same dropout and batch; "
         "* the largest batch that fits\n"
         f"{cfg['n_layers']} layers, {cfg['n_heads']} heads, width {cfg['emb_dim']}, "
-        f"{cfg['context_length']} tokens a row, our {cfg['activation']}, {record['products']}; {made['device']}, "
-        f"torch {made['torch']}"
+        f"{cfg['context_length']} tokens a row, our {cfg['activation']}, {record['products']}; "
+        f"{made['device']}, torch {made['torch']}"
     )
 
 
