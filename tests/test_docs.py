@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,35 @@ def test_the_errors_of_the_h100_are_those_of_the_raw_data() -> None:
         if len(shares) == 6:
             assert float(shares[5]) == round(used[kernel, True, "dq"], 2), kernel
     assert [line[0] for line in lines[:2]] == ["blocked", "triton"]
+
+
+# Kernels of a training step by name: the first that is found decides.
+STEP_PARTS = {
+    "products, with what is inside them": "nvjet|xmma|cublas",
+    "attention": "^_forward$|^_backward_|cudnn",
+    "loss": "^_row$|log_softmax",
+    "bias sums": "(red|per)_fused_(gelu|sum|cat_sum)",
+    "norms and residual sums": "reduce_kernel<128, 4|layer_norm",
+    "GELU": "gelu",
+    "clipping and AdamW": "multi_tensor",
+    "copies and the rest": "",
+}
+
+
+def test_the_parts_of_a_step_on_the_h100_are_those_of_the_raw_data() -> None:
+    raw = json.loads((ROOT / "benchmarks/step-h100/steps.json").read_text())
+    page = (ROOT / "docs/performance.md").read_text().split("## A step of GPT-2 124M")[1]
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line[:1] == "|"]
+    table = {name: [float(value) for value in values] for name, *values in lines[2:12]}
+    for at, state in enumerate(raw["states"]):
+        assert table["ms per step"][at] == round(statistics.median(state["ms"]), 1)
+        assert table["peak GiB"][at] == round(state["peak_gib"], 1)
+        parts = dict.fromkeys(STEP_PARTS, 0.0)
+        for kernel in state["kernels"]:
+            name = next(n for n, found in STEP_PARTS.items() if re.search(found, kernel["kernel"]))
+            parts[name] += kernel["ms"]
+        for name, ms in parts.items():
+            assert abs(table[name][at] - ms) < 0.051, (state["state"], name, ms)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
