@@ -22,11 +22,11 @@ from flashgpt.train.bare import UPDATE
 
 PARTS = ("products", "attention", "loss", "norms", "activation", "optimizer", "other")
 MEANING = {
-    "products": "linear layers and output head, with their biases",
+    "products": "linear layers and output head, with biases, and GELU where it is inside",
     "attention": "scores, softmax, weighted sum; not its linear layers",
     "loss": "cross-entropy, without the product of the output head",
     "norms": "LayerNorm, residual sums, dropout on them",
-    "activation": "GELU",
+    "activation": "GELU where it is apart",
     "optimizer": "clipping and AdamW",
     "other": "embeddings, casts, and what is left of the step: copies, Python, idle time",
 }
@@ -34,6 +34,7 @@ MEANING = {
 # (triton_per_fused_add_native_layer_norm_3); those of cuBLAS begin with nvjet on Hopper.
 RULES: tuple[tuple[str, str], ...] = (
     ("optimizer", re.escape(UPDATE)),
+    ("products", r"\bflashgpt::(linear_gelu|matmul_dgelu)"),
     ("attention", r"\bflashgpt::(?!linear_cross_entropy|draw_seed|dropout_keys)"),
     ("attention", r"scaled_dot_product|sdpa|fmha|flash_(fwd|bwd|attn|attention)|FlashAttention"),
     ("attention", r"aten::baddbmm|aten::bmm|fused(?!\w*log_softmax)\w*_softmax"),

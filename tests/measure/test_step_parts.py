@@ -27,6 +27,8 @@ PATHS = [
     (f"{LOSS}aten::addmm_/", "products"),
     ("## Call CompiledFxGraph x ##/nvjet_hsh_192x128_64x6_1x2_h_bz_coopB_TNT/", "products"),
     ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16>(Params)/", "products"),
+    (f"{OURS}FeedForward/_FeedForward/flashgpt::linear_gelu/nvjet_geluauxbias_TNN/", "products"),
+    ("CompiledFunctionBackward/flashgpt::matmul_dgelu/sm90_xmma_gemm_dgelu/", "products"),
     ("autograd::engine::evaluate_function: AddmmBackward0/AddmmBackward0/aten::sum/", "products"),
     ("autograd::engine::evaluate_function: MmBackward0/MmBackward0/aten::mm/", "products"),
     (f"{OURS}MultiHeadAttention/aten::matmul/aten::bmm/nvjet_tst_64x8_NNT/", "attention"),
