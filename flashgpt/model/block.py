@@ -28,7 +28,7 @@ class FeedForward(nn.Module):
         self.c_proj = nn.Linear(4 * emb_dim, emb_dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        if mlp.serves(x_BTD, self.c_fc, self.gelu):
+        if mlp.serves(x_BTD, self.c_fc, self.gelu, self.c_proj):
             return mlp.feed_forward(x_BTD, self.c_fc, self.c_proj)
         out: Tensor = self.c_proj(self.gelu(self.c_fc(x_BTD)))
         return out

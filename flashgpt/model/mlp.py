@@ -30,14 +30,27 @@ _linear_gelu = torch.ops.flashgpt.linear_gelu.default
 _matmul_dgelu = torch.ops.flashgpt.matmul_dgelu.default
 
 
-def serves(x_BTD: Tensor, fc: nn.Linear, gelu: nn.GELU) -> bool:
-    """Whether `feed_forward` is for this call; else it is three layers, one after the other."""
+def serves(x_BTD: Tensor, fc: nn.Linear, gelu: nn.GELU, proj: nn.Linear) -> bool:
+    """Whether `feed_forward` is for this call; else it is three layers, one after the other.
+
+    It calls no layer, so one that was replaced, or has hooks, is called instead.
+    """
     return (
         torch.is_grad_enabled()
+        and not any(map(_is_changed, (fc, gelu, proj)))
         and gelu.approximate == "tanh"
         and fc.in_features % WIDTH_MULTIPLE == fc.out_features % WIDTH_MULTIPLE == 0
         and precision.of_products(x_BTD) in cublaslt.TYPES
         and _has_epilogues(x_BTD.get_device())
+    )
+
+
+def _is_changed(layer: nn.Module) -> bool:
+    return type(layer) not in (nn.Linear, nn.GELU) or bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
     )
 
 

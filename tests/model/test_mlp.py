@@ -83,7 +83,7 @@ def test_operators_keep_pytorchs_rules(device: str) -> None:
 
 def test_it_is_for_training_in_half_precision_on_a_gpu() -> None:
     made = layers(8, torch.float32)
-    assert not mlp.serves(torch.randn(1, 2, 8), made.c_fc, made.gelu)
+    assert not mlp.serves(torch.randn(1, 2, 8), made.c_fc, made.gelu, made.c_proj)
 
 
 def test_where_it_serves_a_compiled_layer_stays_one_graph(
@@ -94,12 +94,38 @@ def test_where_it_serves_a_compiled_layer_stays_one_graph(
     monkeypatch.setitem(cublaslt.TYPES, torch.float64, 1)
     made = layers(8)
     x, dout = torch.randn(2, 3, 8, dtype=torch.float64)[:, None].unbind()
-    assert mlp.serves(x, made.c_fc, made.gelu)
+    assert mlp.serves(x, made.c_fc, made.gelu, made.c_proj)
     wanted = results(apart(made), made, x, dout)
     torch.compiler.reset()
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
     for name, found in results(compiled, made, x, dout).items():
         torch.testing.assert_close(found, wanted[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_a_layer_with_a_hook_or_in_place_of_ours_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mlp, "_capability", lambda device: mlp.LEAST_CAPABILITY)
+    monkeypatch.setattr(cublaslt, "library", lambda: "the library")
+    monkeypatch.setitem(cublaslt.TYPES, torch.float64, 1)
+    made = layers(8)
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    seen: list[nn.Module] = []
+    for layer in (made.c_fc, made.c_proj):
+        hook = layer.register_forward_hook(lambda module, *_: seen.append(module))
+        made(x)
+        hook.remove()
+    assert seen == [made.c_fc, made.c_proj]
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    before = made(x)
+    scaled = Scaled(32, 8).double()
+    scaled.load_state_dict(made.c_proj.state_dict())
+    made.c_proj = scaled
+    torch.testing.assert_close(made(x), 2 * before)
 
 
 def over(found: dict[str, Tensor], usual: dict[str, Tensor], exact: dict[str, Tensor]) -> set[str]:
@@ -125,7 +151,7 @@ def gpu_results(
     exact_of.load_state_dict(made.state_dict())
     x, dout = torch.randn(2, *shape, device="cuda").to(dtype)
     with torch.autocast("cuda", dtype):
-        assert mlp.serves(x, made.c_fc, made.gelu)
+        assert mlp.serves(x, made.c_fc, made.gelu, made.c_proj)
         found, usual = results(made, made, x, dout), results(apart(made), made, x, dout)
     exact = results(apart(exact_of), exact_of, x.double().cpu(), dout.double().cpu())
     return found, usual, exact
