@@ -66,7 +66,7 @@ class Runs:
     def start(self, out: Path) -> subprocess.Popen[str]:
         """Trains in `out`, from its newest good checkpoint if there is one."""
         data = ["--data.source", self.folder / "text.txt", "--data.cache", self.folder / "cache"]
-        command = [sys.executable, "-m", "flashgpt.cli", "train", *TRAIN, *map(str, data)]
+        command = [sys.executable, "-m", "flashgpt", "train", *TRAIN, *map(str, data)]
         if (out / "config.toml").exists():
             command = [*command[:4], "--resume"]
         return subprocess.Popen(

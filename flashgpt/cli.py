@@ -138,8 +138,3 @@ def _unknown_verb(verb: str) -> str:
     near = difflib.get_close_matches(verb, VERBS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"verbs are {', '.join(VERBS)}"
     return f"unknown verb {verb!r}; {hint}"
-
-
-if __name__ == "__main__":
-    # The verbs raise the UsageError of flashgpt.cli, which is not the one of __main__.
-    sys.exit(importlib.import_module("flashgpt.cli").main())

@@ -33,7 +33,7 @@ VERBS = sorted(cli.VERBS)
 
 
 def _process(*arguments: object, code: str | None = None) -> subprocess.CompletedProcess[str]:
-    start = ["-m", "flashgpt.cli"] if code is None else ["-c", code]
+    start = ["-m", "flashgpt"] if code is None else ["-c", code]
     command = [sys.executable, *start, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
@@ -302,7 +302,7 @@ def test_ctrl_c_is_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
 def test_a_reader_that_leaves_is_no_error() -> None:
-    command = f"{shlex.quote(sys.executable)} -m flashgpt.cli train --print-config | head -c 1"
+    command = f"{shlex.quote(sys.executable)} -m flashgpt train --print-config | head -c 1"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False
     )

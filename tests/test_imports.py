@@ -41,7 +41,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "interop": {"config", "model", "tokenizer"},
 }
 TOP = {"cli", "verbs", "orchestrator"}  # known to nobody but the verbs and each other
-KNOWS_TOP = {"cli": {"verbs"}, "verbs": TOP, "orchestrator": set()}
+KNOWS_TOP = {"__main__": {"cli"}, "cli": {"verbs"}, "verbs": TOP, "orchestrator": set()}
 
 # Imported when the first CUDA tensor comes, by nothing before.
 NEED_TRITON = {

@@ -54,7 +54,7 @@ def test_nothing_is_printed_for_a_bad_prompt(trained: Any, cli: Cli) -> None:
 
 
 def test_a_pipe_gets_valid_utf8(trained: Any) -> None:
-    command = [sys.executable, "-m", "flashgpt.cli", "generate", str(trained.folder)]
+    command = [sys.executable, "-m", "flashgpt", "generate", str(trained.folder)]
     more = ["--prompt", "\u00e9\U0001f642", "--temperature", "3", "--top-k", "0", "--seed", "1"]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run([*command, *more], capture_output=True, check=True, env=environment)
