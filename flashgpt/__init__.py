@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from flashgpt.attention.attend import attend
     from flashgpt.attention.heads import MultiHeadAttention
     from flashgpt.config import GPTConfig
-    from flashgpt.generation.decode import generate
+    from flashgpt.generation.text import generate
     from flashgpt.model.block import TransformerBlock
     from flashgpt.model.gpt2 import GPTModel
     from flashgpt.train.checkpoint import load
@@ -34,7 +34,7 @@ _HOMES = {
     "MultiHeadAttention": "flashgpt.attention.heads",
     "TransformerBlock": "flashgpt.model.block",
     "attend": "flashgpt.attention.attend",
-    "generate": "flashgpt.generation.decode",
+    "generate": "flashgpt.generation.text",
     "load": "flashgpt.train.checkpoint",
 }
 

@@ -17,7 +17,8 @@ from flashgpt.attention.request import Request
 from flashgpt.config import GPTConfig
 from flashgpt.data.shards import TokenData
 from flashgpt.fields import check_keys, documented_fields
-from flashgpt.generation.decode import TextGenerator, check_prompt
+from flashgpt.generation.decode import check_prompt
+from flashgpt.generation.text import TextGenerator
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import RunConfig, TrainConfig
 from flashgpt.tokenizer import Tokenizer

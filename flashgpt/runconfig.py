@@ -283,6 +283,8 @@ class SampleConfig:
     past_context: Annotated[
         Literal["stop", "slide"], Doc("past context_length: stop, or drop the older half")
     ] = "slide"
+    stop: Annotated[tuple[str, ...], Doc("texts that end the continuation; not part of it")] = ()
+    stop_ids: Annotated[tuple[int, ...], Doc("token ids that do the same")] = ()
 
     def __post_init__(self) -> None:
         check_types(self, "sample")
@@ -298,6 +300,10 @@ class SampleConfig:
                 raise ValueError(f"sample.{name} must be in (0, 1], got {value}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"sample.seed must be in [0, 2^63), got {self.seed}")
+        if "" in self.stop:
+            raise ValueError("sample.stop must hold texts that are not empty, got ''")
+        if min(self.stop_ids, default=0) < 0:
+            raise ValueError(f"sample.stop_ids must not be negative, got {min(self.stop_ids)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,6 @@ even where the text contains these very characters.
 from __future__ import annotations
 
 import builtins
-import codecs
 import concurrent.futures
 import functools
 import hashlib
@@ -214,31 +213,6 @@ class Tokenizer:
         """blake2b (hex) over the tokenizer.json: equal digests, equal ids."""
         canonical = json.dumps(json.loads(self._inner.to_str()), sort_keys=True)
         return hashlib.blake2b(canonical.encode("utf-8"), digest_size=32).hexdigest()
-
-
-class StreamDecoder:
-    """Turns ids into text as they come, never half a character.
-
-    The pieces together are `tokenizer.decode` of all the ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._table = tokenizer.token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        """The text that is complete after one more id; often "".
-
-        Raises:
-            ValueError: the id is outside [0, vocab_size).
-        """
-        if not 0 <= token < len(self._table):
-            raise ValueError(f"token id must be in [0, {len(self._table)}), got {token}")
-        return self._decoder.decode(self._table[token])
-
-    def flush(self) -> str:
-        """The end of the text: U+FFFD if a character was left unfinished."""
-        return self._decoder.decode(b"", final=True)
 
 
 @functools.cache

@@ -65,6 +65,8 @@ def test_every_key_has_a_unit_and_refuses_another_type(cls: type) -> None:
         (SampleConfig, {"top_p": 0.0}, r"sample.top_p must be in \(0, 1\]"),
         (SampleConfig, {"min_p": 1.1}, r"sample.min_p must be in \(0, 1\]"),
         (SampleConfig, {"seed": 2**63}, r"sample.seed must be in \[0, 2\^63\)"),
+        (SampleConfig, {"stop": ("a", "")}, "sample.stop must hold texts that are not empty"),
+        (SampleConfig, {"stop_ids": (3, -1)}, "sample.stop_ids must not be negative, got -1"),
         (SampleConfig, {"past_context": "wrap"}, "sample.past_context must be one of stop, slide"),
     ],
 )

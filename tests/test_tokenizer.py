@@ -13,7 +13,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashgpt.tokenizer import EOS, StreamDecoder, Tokenizer
+from flashgpt.tokenizer import EOS, Tokenizer
 
 TEXTS = [
     "def add(first, second):\n    return first + second\n\n\nadd(1, 2)  # it's three\n" * 5,
@@ -86,28 +86,6 @@ def test_batches_come_in_order_and_one_is_read_ahead() -> None:
     assert list(tokenizer.encode_batches([])) == []
 
 
-@given(data=st.data())
-@settings(max_examples=200, deadline=None)
-def test_streamed_pieces_are_the_decoded_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
-    token = st.integers(0, tokenizer.vocab_size - 1)
-    ids = data.draw(st.lists(token, max_size=30) | any_text().map(tokenizer.encode))
-    stream = StreamDecoder(tokenizer)
-    assert "".join([*map(stream.push, ids), stream.flush()]) == tokenizer.decode(ids)
-
-
-def test_stream_gives_a_character_only_when_it_is_whole() -> None:
-    stream = StreamDecoder(Tokenizer.bytes())
-    assert [stream.push(byte) for byte in "\U0001f642!".encode()] == [
-        "",
-        "",
-        "",
-        "\U0001f642",
-        "!",
-    ]
-    assert stream.push(0xF0) == ""
-    assert stream.flush() == "\ufffd"
-
-
 def test_decode_agrees_with_the_library(trained: Tokenizer, tmp_path: Path) -> None:
     inner = in_library(trained, tmp_path)
     random = np.random.default_rng(0)
@@ -153,8 +131,6 @@ def test_ids_outside_the_vocabulary_are_refused(token: int) -> None:
     tokenizer = Tokenizer.bytes()
     with pytest.raises(ValueError, match=rf"token id must be in \[0, 257\), got {token}"):
         tokenizer.decode([0, token])
-    with pytest.raises(ValueError, match=rf"got {token}"):
-        StreamDecoder(tokenizer).push(token)
 
 
 def test_save_and_load_and_transformers_agree(tokenizer: Tokenizer, tmp_path: Path) -> None:

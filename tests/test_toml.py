@@ -55,7 +55,14 @@ RUNS = st.builds(
         schedule=st.sampled_from(["cosine", "wsd", "constant"]),
         precision=st.sampled_from(["auto", "fp32", "bf16"]),
     ),
-    st.builds(SampleConfig, prompt=st.text(), temperature=FLOATS, top_k=st.integers(0, 99)),
+    st.builds(
+        SampleConfig,
+        prompt=st.text(),
+        temperature=FLOATS,
+        top_k=st.integers(0, 99),
+        stop=st.lists(st.text(min_size=1)).map(tuple),
+        stop_ids=st.lists(st.integers(0, 99)).map(tuple),
+    ),
 )
 
 

@@ -1,9 +1,16 @@
 """Keys and values of the tokens so far, in memory that is allocated once.
 
+Rows of different lengths end together: row b begins after `pads[b]` positions that hold no text,
+so that one step writes one position for all of them. Its token at position s of the cache is token
+s - pads[b] of its text; where anything is padded, `documents` hides the rest from it.
+
 Legend: L layers, B batch, T new positions, S positions so far, N heads, H head dim.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +19,30 @@ from flashgpt.config import GPTConfig
 
 
 class KVCache:
-    """Room for `context_length` positions; implements `flashgpt.model.gpt2.Cache`."""
+    """Room for the positions of a batch; implements `flashgpt.model.gpt2.Cache`.
+
+    Args:
+        pads: positions before each row's text; none when left out.
+        capacity: positions there is room for; `context_length` when left out.
+    """
 
     def __init__(
-        self, cfg: GPTConfig, batch: int, device: torch.device, dtype: torch.dtype
+        self,
+        cfg: GPTConfig,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        pads: Sequence[int] = (),
+        capacity: int | None = None,
     ) -> None:
-        shape = (cfg.n_layers, batch, cfg.n_heads, cfg.context_length, cfg.head_dim)
+        room = cfg.context_length if capacity is None else capacity
+        shape = (cfg.n_layers, batch, cfg.n_heads, room, cfg.head_dim)
+        self.cfg = cfg
         self.k_LBNSH = torch.empty(shape, device=device, dtype=dtype)
         self.v_LBNSH = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
+        self.pads = tuple(pads) or (0,) * batch
 
     def layer(self, index: int) -> LayerKV:
         """The part of one transformer block."""
@@ -33,6 +55,33 @@ class KVCache:
     def clear(self) -> None:
         """Forgets all positions; the memory stays."""
         self.length = 0
+
+
+class Source(NamedTuple):
+    """Where a row of a new cache comes from."""
+
+    cache: KVCache
+    row: int
+
+
+def gather(sources: Sequence[Source], capacity: int) -> KVCache:
+    """A new cache whose rows are copies of these, padded to the longest text and no more."""
+    lengths = [source.cache.length - source.cache.pads[source.row] for source in sources]
+    end, like = max(lengths), sources[0].cache
+    pads = [end - length for length in lengths]
+    device, dtype = like.k_LBNSH.device, like.k_LBNSH.dtype
+    made = KVCache(like.cfg, len(sources), device, dtype, pads=pads, capacity=capacity)
+    for row, (source, pad) in enumerate(zip(sources, pads, strict=True)):
+        begin = source.cache.pads[source.row]
+        for whole, part in (
+            (made.k_LBNSH, source.cache.k_LBNSH),
+            (made.v_LBNSH, source.cache.v_LBNSH),
+        ):
+            # A weight of 0 does not silence a NaN, which fresh memory may hold.
+            whole[:, row, :, :pad] = 0
+            whole[:, row, :, pad:end] = part[:, source.row, :, begin : source.cache.length]
+    made.length = end
+    return made
 
 
 class LayerKV:

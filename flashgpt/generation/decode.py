@@ -1,23 +1,22 @@
-"""Text from a model, token by token: prefill, then one step per token over a KV cache.
+"""Token ids from a model, one after the other, for one prompt or for many side by side.
 
 Past the context length `stop` ends, and `slide` keeps the last context_length // 2 tokens and fills
 the cache anew. Without a cache the same windows are computed whole, so both give the same tokens.
+
+Legend: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from flashgpt.config import GPTConfig
-from flashgpt.generation.cache import KVCache
-from flashgpt.generation.sampling import sample
+from flashgpt.generation.rows import Logits, Row
+from flashgpt.generation.sampling import Drawn, logprobs, sample, uniforms
 from flashgpt.model.gpt2 import GPTModel, check_ids
 from flashgpt.runconfig import SampleConfig
-from flashgpt.tokenizer import StreamDecoder, Tokenizer
 
 
 def decode(
@@ -29,37 +28,72 @@ def decode(
     eos_id: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[int]:
-    """Draws token ids after `prompt`, one at a time.
+    """Draws token ids after `prompt`, one at a time: `decode_rows` for a single row."""
+    row = Row(list(prompt), config.max_new_tokens)
+    for _, drawn in decode_rows(
+        model, [row], config, vocab_size=vocab_size, eos_id=eos_id, use_cache=use_cache
+    ):
+        yield drawn.id
+
+
+def decode_rows(
+    model: GPTModel,
+    rows: Sequence[Row],
+    config: SampleConfig,
+    *,
+    vocab_size: int,
+    eos_id: int | None = None,
+    use_cache: bool = True,
+    top: int | None = None,
+) -> Iterator[tuple[Row, Drawn]]:
+    """Draws a token for every row that has not ended, then the next for each.
+
+    A row's tokens depend on its prompt, its number as a sample and the config, not on the rows
+    beside it, but for rounding: another batch shape may add up in another order, which moves a
+    logit in its last digits.
 
     Args:
         model: is used in eval mode; between tokens it is in the mode it was in.
+        rows: prompts as windows; are written to. The caller may end one by giving it a reason.
+        config: `prompt`, `max_new_tokens` and `stop` are the caller's business.
         vocab_size: ids from here on (a padded vocabulary) are never drawn.
-        eos_id: ends the text; is not part of it.
+        eos_id: ends a text; is not part of it.
         use_cache: False computes every window whole, for comparison.
+        top: also log-probabilities, of the token and of so many likeliest.
 
     Raises:
-        ValueError: an empty prompt, one longer than the context, or ids outside the vocabulary.
+        ValueError: an empty prompt, one longer than the context, ids outside the vocabulary, or
+            more log-probabilities than it has ids.
     """
-    check_prompt(prompt, model.cfg)
-    context = model.cfg.context_length
+    for row in rows:
+        check_prompt(row.window, model.cfg)
+    if max(config.stop_ids, default=0) >= vocab_size:
+        raise ValueError(
+            f"sample.stop_ids must be below the tokenizer's vocab_size {vocab_size}, "
+            f"got {max(config.stop_ids)}"
+        )
+    if top is not None and not 0 <= top <= vocab_size:
+        raise ValueError(f"logprobs must be in 0 .. vocab_size {vocab_size}, got {top}")
+    logits = Logits(model, use_cache=use_cache)
     device = model.wte.weight.device
-    generator = torch.Generator().manual_seed(config.seed)
-    cache = KVCache(model.cfg, 1, device, model.wte.weight.dtype) if use_cache else None
-    window = list(prompt)
-    for _ in range(config.max_new_tokens):
-        new = window if cache is None else window[cache.length :]
-        logits_V = _last_logits(model, torch.tensor([new], device=device), cache)[:vocab_size]
-        token = sample(logits_V, config, generator)
-        if token == eos_id:
-            return
-        yield token
-        if len(window) == context:
-            if config.past_context == "stop":
-                return
-            window = window[context - context // 2 :]
-            if cache is not None:
-                cache.clear()
-        window.append(token)
+    greedy = config.temperature == 0
+    random = {row: [] if greedy else uniforms(config.seed, row.sample, row.limit) for row in rows}
+    while alive := [row for row in rows if row.reason is None]:
+        logits_BV = logits.after(alive)[:, :vocab_size]
+        number = [0.0 if greedy else random[row][len(row.ids)] for row in alive]
+        chosen_B = sample(logits_BV, config, torch.tensor(number, device=device).double())
+        if top is None:
+            found = [Drawn(token) for token in chosen_B.tolist()]
+        else:
+            found = logprobs(logits_BV, chosen_B, top)
+        for row, drawn in zip(alive, found, strict=True):
+            if drawn.id == eos_id:
+                row.reason = "eos"
+            elif drawn.id in config.stop_ids:
+                row.reason = "stop"
+            else:
+                row.push(drawn.id, model.cfg.context_length, config.past_context)
+                yield row, drawn
 
 
 def check_prompt(prompt: Sequence[int], cfg: GPTConfig) -> None:
@@ -76,63 +110,3 @@ def check_prompt(prompt: Sequence[int], cfg: GPTConfig) -> None:
             f"got {len(prompt)}; shorten it"
         )
     check_ids(torch.tensor(prompt), cfg.vocab_size, "prompt ids")
-
-
-@torch.inference_mode()
-def _last_logits(model: GPTModel, ids_1T: Tensor, cache: KVCache | None) -> Tensor:
-    """Logits after the last token, in eval mode; between tokens the model is as it was."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        logits: Tensor = model(ids_1T, cache=cache, last_only=True)[0, -1]
-    finally:
-        if was_training:
-            model.train()
-    return logits
-
-
-@dataclasses.dataclass(frozen=True)
-class TextGenerator:
-    """Text in, text out."""
-
-    model: GPTModel
-    tokenizer: Tokenizer
-
-    def stream(
-        self, prompt: str, config: SampleConfig | None = None, *, use_cache: bool = True
-    ) -> Iterator[str]:
-        """The continuation of `prompt`, in pieces of whole characters as they come.
-
-        Raises:
-            ValueError: an empty prompt or one longer than the context.
-        """
-        ids = self.tokenizer.encode(prompt)
-        decoder = StreamDecoder(self.tokenizer)
-        for token in decode(
-            self.model,
-            ids,
-            config or SampleConfig(),
-            vocab_size=self.tokenizer.vocab_size,
-            eos_id=self.tokenizer.eos_id,
-            use_cache=use_cache,
-        ):
-            if piece := decoder.push(token):
-                yield piece
-        if piece := decoder.flush():
-            yield piece
-
-    def __call__(self, prompt: str, config: SampleConfig | None = None) -> str:
-        """The whole continuation of `prompt`, without the prompt."""
-        return "".join(self.stream(prompt, config))
-
-
-def generate(
-    model: GPTModel, tokenizer: Tokenizer, prompt: str, config: SampleConfig | None = None
-) -> str:
-    """The continuation of `prompt`, without the prompt.
-
-    Raises:
-        ValueError: an empty prompt or one longer than the context.
-    """
-    return TextGenerator(model, tokenizer)(prompt, config)

@@ -151,6 +151,7 @@ class GPTModel(nn.Module):
         targets_BT: Tensor | None = None,
         *,
         documents_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
         cache: Cache | None = None,
         last_only: bool = False,
     ) -> Tensor:
@@ -159,7 +160,10 @@ class GPTModel(nn.Module):
         Args:
             ids_BT: token ids (int64).
             targets_BT: the id that follows each token; -100 is not counted.
-            documents_BT: integer document of each token; tokens see their own document only.
+            documents_BT: integer document of each token, those in the cache first; tokens see
+                their own document only.
+            positions_BT: where each token stands in its text (int64), in 0 .. context_length - 1;
+                one after the other, from the cache's length on, when left out.
             cache: keys and values of the tokens before; is extended.
             last_only: logits of the last position only.
 
@@ -173,7 +177,7 @@ class GPTModel(nn.Module):
         """
         start = 0 if cache is None else cache.length
         self._check(ids_BT, targets_BT, start)
-        x_BTD = self._hidden(ids_BT, documents_BT, cache, start)
+        x_BTD = self._hidden(ids_BT, documents_BT, positions_BT, cache, start)
         if targets_BT is not None:
             return linear_cross_entropy(
                 x_BTD.flatten(0, 1), self.lm_head.weight, targets_BT.flatten()
@@ -182,11 +186,17 @@ class GPTModel(nn.Module):
         return logits
 
     def _hidden(
-        self, ids_BT: Tensor, documents_BT: Tensor | None, cache: Cache | None, start: int
+        self,
+        ids_BT: Tensor,
+        documents_BT: Tensor | None,
+        positions_BT: Tensor | None,
+        cache: Cache | None,
+        start: int,
     ) -> Tensor:
         count = ids_BT.shape[1]
-        position_T = torch.arange(start, start + count, device=ids_BT.device)
-        x_BTD = self.wte(ids_BT) + self.wpe(position_T)
+        if positions_BT is None:
+            positions_BT = torch.arange(start, start + count, device=ids_BT.device)
+        x_BTD = self.wte(ids_BT) + self.wpe(positions_BT)
         x_BTD = x_BTD.to(precision.of_residual(x_BTD))
         draw = self._dropout(x_BTD)
         x_BTD = drop_elements(x_BTD, draw, EMBEDDING, start)

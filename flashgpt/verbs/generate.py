@@ -31,7 +31,7 @@ class Args:
 def main(argv: Sequence[str]) -> int:
     """Runs `flashgpt generate`."""
     args = parse(Args, "generate", argv, __doc__)
-    from flashgpt.generation.decode import TextGenerator
+    from flashgpt.generation.text import TextGenerator
     from flashgpt.train.checkpoint import load
     from flashgpt.train.runtime import device
 

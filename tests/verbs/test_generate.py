@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flashgpt.attention import kernels
-from flashgpt.generation.decode import TextGenerator
+from flashgpt.generation.text import TextGenerator
 from flashgpt.runconfig import SampleConfig
 from flashgpt.train.checkpoint import load
 
