@@ -1,7 +1,8 @@
 """Command lines to dataclasses, by tyro; one line for what is wrong.
 
 `Flag` marks a bool that is a bare flag, `Valued` a section whose bools take a value, `Positional`
-what stands without an option's name, `OmitPrefix` a section whose options stand without its name.
+what stands without an option's name, `OmitPrefix` a section whose options stand without its name,
+`Repeatable` one whose lists take an option for each entry.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ T = TypeVar("T")
 Flag: Any = tyro.conf.FlagCreatePairsOff
 Valued: Any = tyro.conf.FlagConversionOff
 Positional: Any = tyro.conf.Positional
+Repeatable: Any = tyro.conf.UseAppendAction
 OmitPrefix: Any = tyro.conf.arg(name="")
 
 

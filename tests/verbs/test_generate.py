@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,3 +64,95 @@ def test_a_pipe_gets_valid_utf8(trained: Any) -> None:
     done = subprocess.run([*command, *more], capture_output=True, check=True, env=environment)
     assert done.stdout.decode("utf-8").startswith("\u00e9\U0001f642")
     assert done.stderr == b""
+
+
+def _lines(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_each_text_of_a_file_is_the_one_it_is_alone(tmp_path: Path, trained: Any, cli: Cli) -> None:
+    (tmp_path / "prompts.txt").write_bytes("cat\r\n\nthe old dogs \n\u00e9".encode())
+    options = ("--max-new-tokens", 20, "--seed", 3, "--temperature", 1.2)
+    command = ("generate", trained.folder, "--file", tmp_path / "prompts.txt", *options)
+    found = _lines(cli(*command, "--samples", 2, "--jsonl", "--batch", 5).done())
+    prompts = ["cat", "the old dogs ", "\u00e9"]
+    assert [(x["prompt"], x["sample"]) for x in found] == [(p, s) for p in prompts for s in (0, 1)]
+    assert all(set(x) == {"prompt", "sample", "text", "ids", "reason"} for x in found)
+    for text in found[::2]:
+        alone = cli("generate", trained.folder, "--prompt", text["prompt"], *options).done()
+        assert alone == f"{text['prompt']}{text['text']}\n"
+        assert text["reason"] in ("eos", "length") and len(text["ids"]) <= 20
+    assert found[0]["text"] != found[1]["text"]
+    shown = cli(*command, "--samples", 2).done()
+    assert shown == "".join(
+        f"--- sample {x['sample'] + 1} of 2, ended by {x['reason']}\n{x['prompt']}{x['text']}\n"
+        for x in found
+    )
+
+
+def test_prompts_from_standard_input_and_log_probabilities(
+    trained: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"cat\ndogs\n")))
+    options = ("--file", "-", "--max-new-tokens", 3, "--temperature", 0, "--logprobs", 2)
+    found = _lines(cli("generate", trained.folder, *options, "--jsonl").done())
+    assert [x["prompt"] for x in found] == ["cat", "dogs"]
+    for text in found:
+        assert [token["id"] for token in text["logprobs"]] == text["ids"]
+        assert "".join(token["token"] for token in text["logprobs"]) == text["text"]
+        for token in text["logprobs"]:
+            best, second = token["top"]
+            assert {k: token[k] for k in best} == best  # greedy
+            assert second["logprob"] <= best["logprob"] <= 0
+
+
+def test_a_text_ends_before_the_first_stop_string(trained: Any, cli: Cli) -> None:
+    plain = ("generate", trained.folder, "--prompt", "x", "--top-k", 5, "--temperature", 0.7)
+    whole = cli(*plain).done()
+    assert len(whole) > 40
+    # The model of 12 steps says bytes that are no characters; a stop string is of characters.
+    seen = re.findall("[!-~]{2}", whole[8:])
+    stops = [seen[2], seen[1], "no such text"]
+    more = [part for stop in stops for part in ("--stop", stop)]
+    end = 1 + min(whole[1:].find(stop) for stop in stops[:2])
+    assert cli(*plain, *more).done() == whole[:end] + "\n"
+    (text,) = _lines(cli(*plain, *more, "--jsonl").done())
+    assert ("x" + text["text"], text["reason"]) == (whole[:end], "stop")
+    by_id = cli(*plain, "--stop-ids", ord(seen[1][0]), "--stop-ids", 0).done()
+    assert by_id == whole[: 1 + whole[1:].index(seen[1][0])] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "message"),
+    [
+        (["--file", "empty.txt"], 1, "empty.txt must hold at least one prompt, one a line"),
+        (["--file", "bytes.txt"], 1, "bytes.txt must be UTF-8 text"),
+        (["--file", "missing.txt"], 1, "missing.txt: No such file"),
+        (["--file", "long.txt"], 1, "prompt 2: prompt must be at most context_length 32 tokens"),
+        (["--file", "long.txt", "--prompt", "a"], 2, "--file must stand without --prompt"),
+        (["--prompt", ""], 1, "prompt must hold at least one token"),
+        (["--samples", "0"], 2, "--samples must be at least 1, got 0"),
+        (["--batch", "0"], 2, "--batch must be at least 1, got 0"),
+        (["--logprobs", "3"], 2, "--logprobs is written with --jsonl"),
+        (["--logprobs", "300", "--jsonl"], 1, "logprobs must be in 0 .. vocab_size 257, got 300"),
+        (["--stop-ids", "257"], 1, "stop_ids must be below the tokenizer's vocab_size 257"),
+        (["--stop", ""], 2, "sample.stop must hold texts that are not empty"),
+        (["--top-p", "1.5"], 2, "sample.top_p must be in (0, 1], got 1.5"),
+        (["--temperature=-1"], 2, "sample.temperature must not be negative, got -1.0"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    tmp_path: Path,
+    trained: Any,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: list[str],
+    status: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n \n")
+    Path("bytes.txt").write_bytes(b"\xff\xfe")
+    Path("long.txt").write_text("a\n" + "b" * 33)
+    ran = cli("generate", trained.folder, *asked)
+    assert message in ran.error(status) and ran.out == ""
