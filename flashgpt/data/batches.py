@@ -146,6 +146,60 @@ def eval_windows(
     return windows.some([index * windows.count // wanted for index in range(wanted)])
 
 
+def strided_windows(
+    split: TokenSplit, context_length: int, stride: int, rows: int
+) -> Iterator[Batch]:
+    """Windows that begin `stride` tokens after one another; every token that counts is predicted
+    once, after at least context_length - stride others where the shard has so many before it.
+
+    In all but a shard's first window the targets that an earlier one has predicted are -100.
+
+    Args:
+        split: the tokens.
+        context_length: most tokens a row reads.
+        stride: tokens from the beginning of a window to that of the next.
+        rows: most rows in a batch.
+
+    Returns:
+        ids and targets as of `eval_windows`, whose rows these are for a stride of context_length.
+
+    Raises:
+        ValueError: `stride` is not in 1 .. context_length, or as `eval_windows`.
+    """
+    if not 1 <= stride <= context_length:
+        raise ValueError(f"stride must be in 1 .. context_length {context_length}, got {stride}")
+    if stride == context_length:
+        return eval_windows(split, context_length, rows)
+    eval_windows(split, context_length, rows)  # refuses what has nothing to predict
+    return _strided(split, context_length, stride, rows)
+
+
+def _strided(split: TokenSplit, context_length: int, stride: int, rows: int) -> Iterator[Batch]:
+    cutter = _Windows(split, context_length, rows)
+    waiting: list[Batch] = []
+    for shard, tokens in enumerate(split.tokens):
+        done = 0  # targets of the shard that have been predicted
+        for start in range(0, len(tokens), stride):
+            if done >= len(tokens) - 1:
+                break
+            ids, targets = cutter.cut(shard, start, start + context_length + 1)
+            targets[: done - start] = IGNORE
+            done = start + len(ids)
+            if (targets == IGNORE).all():
+                continue
+            if len(waiting) == rows or (waiting and len(waiting[0][0]) != len(ids)):
+                yield _stacked(waiting)
+                waiting = []
+            waiting.append((ids, targets))
+    if waiting:
+        yield _stacked(waiting)
+
+
+def _stacked(windows: Sequence[Batch]) -> Batch:
+    ids, targets = zip(*windows, strict=True)
+    return np.stack(ids), np.stack(targets)
+
+
 class _Windows:
     """The complete windows of a split in which a target counts, numbered through its shards."""
 
@@ -181,10 +235,10 @@ class _Windows:
         ids, targets = np.empty((2, len(indices), self._length), np.int64)
         for row, index in enumerate(indices):
             shard, start = self.place(index)
-            ids[row], targets[row] = self._cut(shard, start, start + self._length + 1)
+            ids[row], targets[row] = self.cut(shard, start, start + self._length + 1)
         return ids, targets
 
-    def _cut(self, shard: int, start: int, stop: int) -> Batch:
+    def cut(self, shard: int, start: int, stop: int) -> Batch:
         """Ids of a shard but for the last one, and the id after each as its target."""
         tokens = self._tokens[shard][start:stop].astype(np.int64)
         targets = tokens[1:].copy()
@@ -203,7 +257,7 @@ class _Windows:
         for shard, end in enumerate(self._ends.tolist()):
             yield from self.some(range(begin, end))
             start = self._complete[shard] * self._length
-            ids, targets = self._cut(shard, start, len(self._tokens[shard]))
+            ids, targets = self.cut(shard, start, len(self._tokens[shard]))
             if (targets != IGNORE).any():
                 yield ids[None], targets[None]
             begin = end

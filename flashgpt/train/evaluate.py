@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from flashgpt.data.batches import eval_windows
+from flashgpt.data.batches import eval_windows, strided_windows
 from flashgpt.data.shards import TokenSplit
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.model.loss import IGNORE
@@ -47,28 +47,38 @@ def evaluate(
     byte_lengths: np.ndarray,
     *,
     max_tokens: int | None = None,
+    stride: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
     autocast: torch.dtype | None = None,
 ) -> Evaluation:
-    """Predicts a split in consecutive windows of the context length, each token at most once.
+    """Predicts a split in windows of the context length, each token at most once.
 
     Dropout is off; the model returns to the mode it was in.
 
     Args:
         byte_lengths: UTF-8 bytes of each token id.
-        max_tokens: about how many tokens, spread evenly; all when left out.
+        max_tokens: about how many tokens, spread evenly; all when left out, and with a stride.
+        stride: tokens by which the windows advance; one after the other when left out. A token
+            then has context_length - stride others before it at least, as far as there are any.
         progress: hears the tokens done so far.
         autocast: dtype of the products, fp32 when left out.
+
+    Raises:
+        ValueError: nothing to predict, a stride not in 1 .. context_length, or both limits.
     """
-    device = model.wte.weight.device
+    device, context = model.wte.weight.device, model.cfg.context_length
+    if stride is None:
+        windows = eval_windows(split, context, EVAL_ROWS, max_tokens=max_tokens)
+    elif max_tokens is None:
+        windows = strided_windows(split, context, stride, EVAL_ROWS)
+    else:
+        raise ValueError(f"max_tokens must be left out with a stride, got {max_tokens}")
     was_training = model.training
     model.eval()
     nats, tokens, n_bytes = 0.0, 0, 0
     try:
         with torch.no_grad(), casting(device, autocast):
-            for ids, targets in eval_windows(
-                split, model.cfg.context_length, EVAL_ROWS, max_tokens=max_tokens
-            ):
+            for ids, targets in windows:
                 on_device = [torch.from_numpy(x).to(device) for x in (ids, targets)]
                 counted = targets[targets != IGNORE]
                 nats += model(*on_device).item() * counted.size

@@ -1,11 +1,14 @@
 """Loss, perplexity and bits per byte of a model on text that it was not trained on.
 
-Every token is predicted once, in consecutive windows of the context length; the first token of the
-text is not predicted. Bits per byte counts the UTF-8 bytes of the predicted tokens.
+Every token is predicted once, in windows of the context length that advance by it, or by --stride
+tokens: then each token has at least context length - stride others before it, as far as there are
+any, and the work grows by context length / stride. The first token of the text is not predicted.
+Bits per byte counts the UTF-8 bytes of the predicted tokens.
 
 examples:
   flashgpt evaluate runs/demo
   flashgpt evaluate runs/demo --source my.txt
+  flashgpt evaluate runs/demo --stride 32
   flashgpt evaluate runs/demo --best --json
 """
 
@@ -33,6 +36,9 @@ class Args:
     ] = ()
     field: Annotated[
         str | None, Doc("field of .jsonl lines of --source that is the text; text if left out")
+    ] = None
+    stride: Annotated[
+        int | None, Doc("by how much windows advance (tokens); context_length if left out")
     ] = None
     best: Annotated[bool, Flag, Doc("of a run, its best checkpoint instead of the last")] = False
     json: Annotated[bool, Flag, Doc("print one JSON object")] = False
@@ -74,7 +80,8 @@ def main(argv: Sequence[str]) -> int:
                 f"{args.model} was trained with another tokenizer than {config.source}"
             )
         splits = [data.train, data.val] if args.source else [data.val]
-        found = together([evaluate(model, part, tokenizer.byte_lengths) for part in splits])
+        lengths = tokenizer.byte_lengths
+        found = together([evaluate(model, part, lengths, stride=args.stride) for part in splits])
     if args.json:
         print(json.dumps({**dataclasses.asdict(found), "perplexity": found.perplexity}))
     else:

@@ -77,6 +77,54 @@ def test_only_targets_that_count_are_counted() -> None:
         evaluate(model, dataclasses.replace(split, ignored=nothing), LENGTHS)
 
 
+def _strided_by_hand(model: GPTModel, split: TokenSplit, stride: int) -> tuple[float, int]:
+    """Nats and tokens: each token from those before it in the first window that reaches it."""
+    nats, tokens = 0.0, 0
+    for number, shard in enumerate(split.tokens):
+        ids = shard.astype(np.int64).tolist()
+        for at in range(1, len(ids)):
+            if number in split.ignored and split.ignored[number][at]:
+                continue
+            start = next(s for s in range(0, len(ids), stride) if at <= s + 5)
+            assert at - start > min(5 - stride, at - 1)
+            logits = model(torch.tensor([ids[start:at]]))[0, -1].double().detach()
+            nats += float(logits.exp().sum().log() - logits[ids[at]])
+            tokens += 1
+    return nats, tokens
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("some", [False, True])
+def test_strided_sums_are_those_by_hand(stride: int, some: bool) -> None:
+    torch.manual_seed(0)
+    model, split = GPTModel(CFG).eval(), _split()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(10)
+    if some:
+        ignored = {0: np.random.default_rng(1).random(23) < 0.5}
+        split = dataclasses.replace(split, ignored=ignored)
+    nats, tokens = _strided_by_hand(model, split, stride)
+    found = evaluate(model, split, LENGTHS, stride=stride)
+    assert found.tokens == tokens and (some or tokens == 32)
+    assert found.loss == pytest.approx(nats / tokens, rel=1e-6)
+    plain = evaluate(model, split, LENGTHS)
+    if stride == 5:
+        assert found == plain
+    else:
+        assert abs(found.loss - plain.loss) > 1e-3
+        other = evaluate(model, split, LENGTHS, stride=stride % 4 + 1)
+        assert abs(found.loss - other.loss) > 1e-3  # an advance that is off by one is seen
+
+
+def test_a_stride_outside_the_context_is_refused() -> None:
+    for stride in (0, 6):
+        with pytest.raises(ValueError, match=rf"stride must be in 1 \.\. .* 5, got {stride}"):
+            evaluate(GPTModel(CFG), _split(), LENGTHS, stride=stride)
+    with pytest.raises(ValueError, match="max_tokens must be left out with a stride, got 9"):
+        evaluate(GPTModel(CFG), _split(), LENGTHS, stride=2, max_tokens=9)
+
+
 def test_it_uses_eval_mode_and_gives_the_mode_back() -> None:
     torch.manual_seed(0)
     model = GPTModel(CFG)

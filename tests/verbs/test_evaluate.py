@@ -27,6 +27,17 @@ def test_a_runs_own_validation_text(trained: Any, cli: Cli) -> None:
     )
 
 
+def test_a_stride_gives_more_context(trained: Any, cli: Cli) -> None:
+    found = [
+        json.loads(cli("evaluate", trained.folder, "--json", *stride).done())
+        for stride in ((), ("--stride", 32), ("--stride", 8))
+    ]
+    assert found[0] == found[1] and found[2]["loss"] != found[0]["loss"]
+    assert found[2]["tokens"] == found[0]["tokens"]
+    line = cli("evaluate", trained.folder, "--stride", 33).error(1)
+    assert "stride must be in 1 .. context_length 32, got 33" in line
+
+
 def test_another_text(
     tmp_path: Path, trained: Any, cli: Cli, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
