@@ -33,6 +33,7 @@ TUNING = ["--train.tokens-per-step", "128", "--train.steps", "4"]
 VERBS = {
     "README.md": {"demo", "generate", "evaluate", "verify", "info", "prepare", "train", "bench"},
     "attention.md": {"bench", "verify"},
+    "generation.md": {"generate", "evaluate"},
     "performance.md": {"bench"},
     "training.md": {"prepare", "train", "verify", "generate", "evaluate"},
 }
@@ -52,6 +53,7 @@ def text_files(folder: Path) -> None:
     (folder / "my.txt").write_text("\n".join(lines))
     asked = [{"prompt": f"question {i} answer ", "completion": str(i * i)} for i in range(400)]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    (folder / "prompts.txt").write_text("def \nimport os\n")
     (folder / "notes").mkdir()
     (folder / "notes" / "one.md").write_text("\n".join(reversed(lines)))
 
