@@ -6,7 +6,7 @@ a function of (seed, sample, number of the token) and of nothing else, so a text
 and in any batch, with and without the cache. In the order of ids, and not of probabilities, a
 rounding error moves a border and swaps no two tokens.
 
-Legend: B rows, V vocabulary, K candidates.
+Legend: B rows, V vocabulary, K of the likeliest.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from flashgpt.attention.dropout import philox
 from flashgpt.runconfig import SampleConfig
 
+FEW = 1024
 DRAW = 0x64726177  # fourth counter word; dropout's is the small number of a site
 
 
@@ -46,44 +47,55 @@ def uniforms(seed: int, sample: int, count: int) -> list[float]:
 def sample(logits_BV: Tensor, config: SampleConfig, uniform_B: Tensor) -> Tensor:
     """A token id for each row, int64 [B]: greedy at temperature 0, else as u decides.
 
-    Order: temperature, top-k, top-p, min-p. top-p keeps the likeliest tokens until their sum
-    reaches p, at least one; min-p keeps tokens of at least that fraction of the likeliest
-    (Nguyen et al., "Turning Up the Heat", ICLR 2025). Probabilities are computed in fp32 and added
-    up in fp64.
+    Order: temperature, top-k, top-p, min-p. top-k keeps the k likeliest tokens, and those that are
+    as likely as the last of them; top-p of these the likeliest until their sum reaches p, at least
+    one, and again those as likely as the last; min-p keeps tokens of at least that fraction of the
+    likeliest (Nguyen et al., "Turning Up the Heat", ICLR 2025). Probabilities are computed in fp32
+    and added up in fp64.
 
     Args:
         uniform_B: u in [0, 1) of each row (fp64), on the device of the logits.
     """
     if config.temperature == 0:
         return logits_BV.argmax(-1)
-    scaled_BK = (logits_BV - logits_BV.amax(-1, keepdim=True)).float() / config.temperature
-    order_BK = None
-    if 0 < config.top_k < scaled_BK.shape[-1]:
-        scaled_BK, order_BK = scaled_BK.topk(config.top_k)
-    elif config.top_p is not None:
-        scaled_BK, order_BK = scaled_BK.sort(descending=True, stable=True)
-    probability_BK = scaled_BK.softmax(-1)
-    keep_BK = torch.ones_like(probability_BK, dtype=torch.bool)
-    if config.top_p is not None:
-        before_BK = probability_BK.cumsum(-1) - probability_BK
-        keep_BK &= before_BK < config.top_p
+    scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).float() / config.temperature
+    probability_BV = scaled_BV.softmax(-1)
+    least_B1 = probability_BV.new_zeros(len(probability_BV), 1)
+    top_k = config.top_k if config.top_k < probability_BV.shape[-1] else 0
+    if top_k:
+        likeliest_BK = probability_BV.topk(top_k).values
+        least_B1 = likeliest_BK[:, -1:]
+    if config.top_p is not None and config.top_p < 1:
+        if not top_k:
+            likeliest_BK = _likeliest(probability_BV, config.top_p)
+        sum_BK = likeliest_BK.cumsum(-1)
+        wanted_B1 = config.top_p * (sum_BK[:, -1:] if top_k else 1)
+        count_B1 = (sum_BK - likeliest_BK < wanted_B1).sum(-1, keepdim=True)
+        least_B1 = likeliest_BK.gather(-1, count_B1.clamp(min=1) - 1)
     if config.min_p is not None:
-        keep_BK &= probability_BK >= config.min_p * probability_BK.amax(-1, keepdim=True)
-    if order_BK is None:
-        return _pick(torch.where(keep_BK, probability_BK, 0), uniform_B)
-    keep_BK[:, 0] = True
-    order_BK, place_BK = order_BK.sort()
-    kept_BK = torch.where(keep_BK, probability_BK, 0).gather(-1, place_BK)
-    return order_BK.gather(-1, _pick(kept_BK, uniform_B)[:, None])[:, 0]
+        floor_B1 = config.min_p * probability_BV.amax(-1, keepdim=True)
+        least_B1 = torch.maximum(least_B1, floor_B1)
+    return _pick(torch.where(probability_BV >= least_B1, probability_BV, 0), uniform_B)
 
 
-def _pick(weight_BK: Tensor, uniform_B: Tensor) -> Tensor:
+def _likeliest(probability_BV: Tensor, total: float) -> Tensor:
+    """The largest probabilities, in order, until in every row their sum is `total` at least.
+
+    Mostly few will do; to sort all of V takes fifty times as long.
+    """
+    few_BK = probability_BV.topk(min(FEW, probability_BV.shape[-1])).values
+    if bool((few_BK.sum(-1) >= total).all()):
+        return few_BK
+    return probability_BV.sort(descending=True).values
+
+
+def _pick(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """The place into which u falls; never one of weight 0."""
-    border_BK = weight_BK.double().cumsum(-1)
-    total_B1 = border_BK[:, -1:].contiguous()
-    found_B1 = torch.searchsorted(border_BK, uniform_B[:, None] * total_B1, right=True)
+    border_BV = weight_BV.double().cumsum(-1)
+    total_B1 = border_BV[:, -1:].contiguous()
+    found_B1 = torch.searchsorted(border_BV, uniform_B[:, None] * total_B1, right=True)
     # u * total may round up to total, behind the last of them.
-    return torch.minimum(found_B1, torch.searchsorted(border_BK, total_B1))[:, 0]
+    return torch.minimum(found_B1, torch.searchsorted(border_BV, total_B1))[:, 0]
 
 
 def logprobs(logits_BV: Tensor, chosen_B: Tensor, top: int) -> list[Drawn]:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from flashgpt.attention.dropout import philox
+from flashgpt.generation import sampling
 from flashgpt.generation.sampling import logprobs, sample, uniforms
 from flashgpt.runconfig import SampleConfig
 
@@ -157,6 +158,24 @@ def test_log_probabilities_are_those_of_the_whole_distribution() -> None:
     for drawn in found:
         assert [value for _, value in drawn.top] == pytest.approx(expected[[2, 6, 4]], rel=1e-6)
     assert logprobs(logits, torch.tensor([0, 0]), 0)[0].top == ()
+
+
+@pytest.mark.parametrize("few", [1, 3, 1024])
+@pytest.mark.parametrize("change", [case for case in CASES if "top_p" in case], ids=str)
+def test_however_many_are_looked_at_first_for_top_p(
+    change: dict[str, Any], few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _draws(change)
+    monkeypatch.setattr(sampling, "FEW", few)
+    assert _draws(change) == expected
+
+
+@pytest.mark.parametrize("change", [{"top_k": 2}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.5}])
+def test_what_is_as_likely_as_the_last_that_is_kept_is_kept(change: dict[str, Any]) -> None:
+    """Ties are common in bf16; which of them comes first is nobody's choice."""
+    assert set(_draws(change, np.array([0.0, 2.0, 1.0, 1.0, 1.0, -9.0]))) >= {1}
+    tied = np.array([0.0, 2.0, 2.0, 2.0, -9.0])
+    assert set(_draws(change, tied)) == {1, 2, 3}
 
 
 def test_temperature_0_is_greedy() -> None:
