@@ -1,5 +1,7 @@
 """Hugging Face GPT-2 folders, in and out: `config.json` and `model.safetensors`.
 
+Also in: weights in shards, and the `pytorch_model.bin` of old releases.
+
 What `transformers.GPT2LMHeadModel.from_pretrained` loads as it is. Weights stay as they are, bit
 for bit; matrices are transposed. A model without a query-key-value bias has no Hugging Face form:
 it is written with zero biases and a note in config.json, and read back without them.
@@ -12,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flashgpt.config import GPTConfig
-from flashgpt.interop.weights import HUGGINGFACE, Row, rows
+from flashgpt.interop.files import only_tensors, read_pickle, read_safetensors
+from flashgpt.interop.foreign import Foreign
+from flashgpt.interop.weights import HUGGINGFACE, Row, rows, shapes, to_ours, to_theirs
 from flashgpt.model.gpt2 import INIT_STD, GPTModel
 
 NOTE = "flashgpt"  # our own section of config.json
 PREFIX = "transformer."
+HEAD = "lm_head.weight"
+BUFFERS = (".attn.bias", ".attn.masked_bias")  # masks that old releases keep beside the weights
 
 # GPT2Config fields that change numbers and have one value that our model computes.
 FIXED = {
@@ -42,9 +47,18 @@ def save(model: GPTModel, folder: Path, *, eos_id: int | None) -> None:
 
 
 def save_tensors(
-    cfg: GPTConfig, own: dict[str, Tensor], folder: Path, *, eos_id: int | None
+    cfg: GPTConfig,
+    own: dict[str, Tensor],
+    folder: Path,
+    *,
+    eos_id: int | None,
+    note: dict[str, Any] | None = None,
 ) -> None:
-    """Like `save`, of parameters by our names."""
+    """Like `save`, of parameters by our names.
+
+    Args:
+        note: our section of config.json, {} for none; what our model needs when left out.
+    """
     config = {
         "architectures": ["GPT2LMHeadModel"],
         **FIXED,
@@ -63,17 +77,22 @@ def save_tensors(
         "bos_token_id": eos_id,
         "eos_token_id": eos_id,
         "dtype": str(own["wte.weight"].dtype).removeprefix("torch."),
-        NOTE: {"qkv_bias": cfg.qkv_bias, "use_flash": cfg.use_flash},
     }
+    if note := own_note(cfg) if note is None else note:
+        config[NOTE] = note
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {}
-    for row in _rows(cfg):
-        if row.ours in own:
-            tensor = own[row.ours].T if row.transposed else own[row.ours]
-        else:
-            tensor = torch.zeros(3 * cfg.emb_dim, dtype=own["wte.weight"].dtype)
-        tensors[row.theirs] = tensor.contiguous()
+    zeros = {
+        row.ours: torch.zeros(3 * cfg.emb_dim, dtype=own["wte.weight"].dtype)
+        for row in _rows(cfg)
+        if row.ours not in own
+    }
+    tensors = to_theirs(_rows(cfg), {**own, **zeros})
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def own_note(cfg: GPTConfig) -> dict[str, Any]:
+    """What a Hugging Face config has no field for."""
+    return {"qkv_bias": cfg.qkv_bias, "use_flash": cfg.use_flash}
 
 
 def load(folder: Path) -> GPTModel:
@@ -83,19 +102,44 @@ def load(folder: Path) -> GPTModel:
         ValueError: a missing or damaged file, or a setting that our model does not compute.
     """
     cfg = read_config(folder)
-    path = folder / "model.safetensors"
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
-    if "wte.weight" in tensors:  # the form of the original release has no prefix
-        head = tensors.pop("lm_head.weight", None)
-        tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
-        if head is not None:
-            tensors["lm_head.weight"] = head
+    path, tensors = read_tensors(folder)
     model = GPTModel.empty(cfg)
     load_weights(model, tensors, str(path))
     return model
+
+
+def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The tensors by the names they have there, and the file that names them.
+
+    In this order: model.safetensors, its shards by their index, and the pickle of old releases,
+    which is read without running code, whole or in shards.
+
+    Raises:
+        ValueError: a missing or damaged file.
+    """
+    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
+        path, index = folder / name, folder / f"{name}.index.json"
+        if path.exists():
+            return path, only_tensors(read(path), str(path))
+        if index.exists():
+            tensors: dict[str, Tensor] = {}
+            for shard in _shards(index):
+                tensors |= only_tensors(read(folder / shard), str(folder / shard))
+            return index, tensors
+    # With the message of a file that is missing.
+    return folder / "model.safetensors", read_safetensors(folder / "model.safetensors")
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted(set(listed))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of shards: {error!r}") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index} must name files beside it, got {name!r}")
+    return names
 
 
 def load_weights(model: GPTModel, tensors: dict[str, Tensor], origin: str) -> None:
@@ -104,30 +148,45 @@ def load_weights(model: GPTModel, tensors: dict[str, Tensor], origin: str) -> No
     Raises:
         ValueError: a tensor is missing, of another shape, or not known.
     """
-    own = model.state_dict()
-    left = dict(tensors)
-    for row in _rows(model.cfg):
-        if row.theirs not in left:
-            raise ValueError(f"{origin} lacks the tensor {row.theirs!r}")
-        tensor = left.pop(row.theirs)
-        if row.ours not in own:
-            if tensor.any():
-                raise ValueError(f"{origin}: {row.theirs!r} must be zero for qkv_bias = False")
-            continue
-        target = own[row.ours]
-        source = tensor.T if row.transposed else tensor
-        if source.shape != target.shape:
-            raise ValueError(
-                f"{origin}: {row.theirs!r} must have the shape {list(target.shape)}"
-                f"{' transposed' if row.transposed else ''}, got {list(tensor.shape)}"
-            )
+    state = model.state_dict()
+    for name, tensor in own_tensors(model.cfg, tensors, origin).items():
         # Mapped files are 8-byte aligned; a copy keeps the CPU on the code path of a fresh run.
-        target.copy_(source)
-    strangers = [name for name in left if not name.endswith((".attn.bias", ".attn.masked_bias"))]
-    if model.cfg.tie_weights:
-        strangers = [name for name in strangers if not name.endswith("lm_head.weight")]
-    if strangers:
-        raise ValueError(f"{origin} has a tensor that GPT-2 does not know: {strangers[0]!r}")
+        state[name].copy_(tensor)
+
+
+def own_tensors(cfg: GPTConfig, tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """Hugging Face tensors, with or without their prefix, by our names.
+
+    Raises:
+        ValueError: as `load_weights`.
+    """
+    if "wte.weight" in tensors:  # the form of the original release has no prefix
+        tensors = {
+            name if name == HEAD else PREFIX + name: tensor for name, tensor in tensors.items()
+        }
+    wanted = shapes(cfg)
+    found, empty = [], set()
+    for row in _rows(cfg):
+        if row.ours in wanted:
+            found.append(row)
+            continue
+        (name,) = row.parts
+        if name not in tensors:
+            raise ValueError(f"{origin} lacks the tensor {name!r}")
+        if tensors[name].any():
+            raise ValueError(f"{origin}: {name!r} must be zero for qkv_bias = False")
+        empty.add(name)
+    if cfg.tie_weights and HEAD in tensors:
+        embedding = tensors.get(PREFIX + "wte.weight")
+        if embedding is not None and not torch.equal(tensors[HEAD], embedding):
+            raise ValueError(
+                f"{origin}: {HEAD!r} must be the token embedding for tie_word_embeddings = true; "
+                "it has weights of its own, so set it to false in config.json"
+            )
+        empty.add(HEAD)
+    return to_ours(
+        found, tensors, wanted, origin, unused=lambda name: name in empty or name.endswith(BUFFERS)
+    )
 
 
 def read_config(folder: Path) -> GPTConfig:
@@ -137,12 +196,11 @@ def read_config(folder: Path) -> GPTConfig:
         ValueError: no GPT-2 config, or a field whose value our model does not compute.
     """
     path = folder / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    config = _read_json(path)
+    if config.get("model_type", "gpt2") != "gpt2":
+        raise ValueError(f"{path}: model_type must be 'gpt2', got {config['model_type']!r}")
     for name in SIZES:
-        if not isinstance(config, dict) or name not in config:
+        if name not in config:
             raise ValueError(f"{path} is no GPT-2 config: it lacks {name}")
     for name, value in FIXED.items():
         if config.get(name, value) != value:
@@ -173,6 +231,42 @@ def read_config(folder: Path) -> GPTConfig:
     )
 
 
+def read(folder: Path) -> Foreign:
+    """A folder, for a conversion.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    cfg = read_config(folder)
+    path, tensors = read_tensors(folder)
+    config = _read_json(folder / "config.json")
+    own = own_tensors(cfg, tensors, str(path))
+    biases = any(tensor.any() for name, tensor in own.items() if name.endswith(".bias"))
+    notes = []
+    if not cfg.qkv_bias:
+        notes.append("no query-key-value bias, as its note says")
+    return Foreign(
+        format="huggingface",
+        path=path,
+        cfg=cfg,
+        theirs=tensors,
+        own=own,
+        biases=biases or config.get(NOTE, {}).get("biases", True),
+        eos_id=config.get("eos_token_id"),
+        notes=tuple(notes),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no GPT-2 config: it holds no object")
+    return config
+
+
 def _rows(cfg: GPTConfig) -> list[Row]:
     found = rows(HUGGINGFACE, cfg.n_layers)
-    return [row for row in found if not (cfg.tie_weights and row.ours == "lm_head.weight")]
+    return [row for row in found if not (cfg.tie_weights and row.ours == HEAD)]

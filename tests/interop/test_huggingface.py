@@ -263,3 +263,73 @@ def test_weights_that_are_none_are_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
         huggingface.load(tmp_path)
+
+
+def _old_release(folder: Path, sharded: bool, pickled: bool, prefix: bool) -> None:
+    """Rewrites the weights of a folder as older releases have them, in shards or as a pickle."""
+    path = folder / "model.safetensors"
+    tensors: dict[str, Tensor] = dict(load_file(path))
+    path.unlink()
+    for i in range(2):
+        tensors[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+        tensors[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    if not prefix:
+        tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
+    write = torch.save if pickled else save_file
+    stem, end = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
+    if not sharded:
+        write(tensors, folder / f"{stem}.{end}")
+        return
+    names = sorted(tensors)
+    where = {name: f"{stem}-0000{1 + (i % 2)}-of-00002.{end}" for i, name in enumerate(names)}
+    for shard in set(where.values()):
+        write({name: tensors[name] for name in names if where[name] == shard}, folder / shard)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / f"{stem}.{end}.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize(("sharded", "pickled"), [(True, False), (False, True), (True, True)])
+def test_older_ways_to_keep_weights_load(
+    tmp_path: Path, sharded: bool, pickled: bool, prefix: bool
+) -> None:
+    theirs = _random()
+    theirs.save_pretrained(tmp_path)
+    whole = huggingface.load(tmp_path).state_dict()
+    _old_release(tmp_path, sharded, pickled, prefix)
+    found = huggingface.load(tmp_path)
+    assert all(torch.equal(whole[name], tensor) for name, tensor in found.state_dict().items())
+    _agree(found, theirs)
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+    huggingface.save(GPTModel(CFG), tmp_path, eos_id=None)
+    _old_release(tmp_path, sharded=True, pickled=False, prefix=True)
+    index = tmp_path / "model.safetensors.index.json"
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors cannot be read"):
+        huggingface.load(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"wte.weight": "../secret"}}))
+    with pytest.raises(ValueError, match=r"index\.json must name files beside it, got '\.\./secr"):
+        huggingface.load(tmp_path)
+    for content in ("[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        index.write_text(content)
+        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+            huggingface.load(tmp_path)
+
+
+def test_a_tied_head_with_weights_of_its_own_is_refused(tmp_path: Path) -> None:
+    huggingface.save(GPTModel(CFG), tmp_path, eos_id=None)
+    _tensors(tmp_path, {"lm_head.weight": torch.ones(61, 24)})
+    with pytest.raises(ValueError, match="must be the token embedding for tie_word_embeddings"):
+        huggingface.load(tmp_path)
+    embedding = load_file(tmp_path / "model.safetensors")["transformer.wte.weight"]
+    _tensors(tmp_path, {"lm_head.weight": embedding.clone()})
+    assert huggingface.load(tmp_path).cfg.tie_weights
+
+
+def test_another_architecture_is_named(tmp_path: Path) -> None:
+    llama = {"model_type": "llama", "hidden_size": 64, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(llama))
+    with pytest.raises(ValueError, match="model_type must be 'gpt2', got 'llama'"):
+        huggingface.load(tmp_path)
