@@ -20,6 +20,7 @@ VERBS = {
     "train": "train a model, or go on with one",
     "evaluate": "loss, perplexity and bits per byte of a model on text",
     "generate": "write text with a model",
+    "convert": "to and from Hugging Face, nanoGPT, llm.c and others, with proof",
     "verify": "prove on this machine that both settings of use_flash agree",
     "bench": "time and memory of attention kernels, or of a training step, on this machine",
     "info": "versions, devices, and which attention kernels can run here",
