@@ -18,6 +18,7 @@ import torch
 from flashgpt.attention import fa4, kernels, measured, verify
 from flashgpt.attention.request import Request
 from flashgpt.cli import main
+from tests.interop import stand_ins
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,9 +32,20 @@ SHORTER = {
 }
 TUNING = ["--train.tokens-per-step", "128", "--train.steps", "4"]
 VERBS = {
-    "README.md": {"demo", "generate", "evaluate", "verify", "info", "prepare", "train", "bench"},
+    "README.md": {
+        "demo",
+        "generate",
+        "evaluate",
+        "verify",
+        "info",
+        "prepare",
+        "train",
+        "bench",
+        "convert",
+    },
     "attention.md": {"bench", "verify"},
     "generation.md": {"generate", "evaluate"},
+    "interchange.md": {"convert", "generate"},
     "performance.md": {"bench"},
     "training.md": {"prepare", "train", "verify", "generate", "evaluate"},
 }
@@ -45,6 +57,18 @@ def commands(page: Path) -> list[str]:
     blocks = [body for language, body in FENCE.findall(page.read_text()) if language == "bash"]
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
+
+
+def models(folder: Path, trained: Any) -> None:
+    """Models of other programs that the commands of the docs expect to find in path/to."""
+    there = folder / "path" / "to"
+    there.mkdir(parents=True)
+    stand_ins.nanogpt_file(there / "nanogpt" / "ckpt.pt", vocab=320)
+    torch.save(stand_ins.from_scratch_state(), there / "model.pth")
+    stand_ins.llmc_file(there / "model.bin")
+    shutil.copytree(
+        trained.checkpoints[-1], there / "gpt2", ignore=shutil.ignore_patterns("trainer")
+    )
 
 
 def text_files(folder: Path) -> None:
@@ -83,6 +107,7 @@ def test_every_command_of_a_page_works(
         monkeypatch.setattr(verify, grid, lambda *kind: quick(*kind)[:2])
     monkeypatch.chdir(tmp_path)
     text_files(tmp_path)
+    models(tmp_path, trained)
     if page.name != "README.md":  # whose first command makes it
         shutil.copytree(trained.folder, "runs/demo")
     seen = set()
