@@ -30,7 +30,7 @@ from torch import Tensor
 
 from flashgpt.config import GPTConfig
 from flashgpt.data.shards import file_digest
-from flashgpt.interop import huggingface
+from flashgpt.interop import hub, huggingface
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.tokenizer import Tokenizer
 from flashgpt.train.parts import Parts
@@ -237,8 +237,8 @@ def load(path: str | Path, *, best: bool = False) -> tuple[GPTModel, Tokenizer |
     """Model (on the CPU, in eval mode) and tokenizer of a run, a checkpoint or a GPT-2 folder.
 
     Args:
-        path: a run's folder (its newest good checkpoint), a checkpoint, or any folder with a
-            Hugging Face GPT-2's config.json and model.safetensors.
+        path: a run's folder (its newest good checkpoint), a checkpoint, any folder of a Hugging
+            Face GPT-2, or the name of one in the hub's cache; gpt2 to gpt2-xl are downloaded.
         best: of a run, the checkpoint with the lowest validation loss.
 
     Raises:
@@ -269,6 +269,8 @@ def model_folder(path: Path, best: bool = False) -> Path:
     if (path / "config.json").exists():
         return path
     if not path.is_dir():
+        if not path.exists() and (cached := hub.find(path.as_posix())):
+            return cached
         raise ValueError(f"{path} is no folder; name a run or a GPT-2 folder")
     if best:
         name = read_state(path).get("best")

@@ -28,7 +28,9 @@ from flashgpt.verbs.parse import Flag, Positional, parse
 class Args:
     """Options of `convert`."""
 
-    source: Annotated[str, Positional, Doc("a run, a checkpoint, a folder or a file with a model")]
+    source: Annotated[
+        str, Positional, Doc("a run, a checkpoint, a model's folder or file, or gpt2")
+    ]
     out: Annotated[str, Positional, Doc("folder to make")]
     to: Annotated[
         Literal["ours", "huggingface", "nanogpt"],
@@ -45,10 +47,13 @@ def main(argv: Sequence[str]) -> int:
     """Runs `flashgpt convert`."""
     args = parse(Args, "convert", argv, __doc__)
     from flashgpt.interop.convert import NAMES, check_free, convert, read
+    from flashgpt.interop.hub import find
     from flashgpt.train.checkpoint import FOLDER, check, model_folder
 
     path, out = Path(args.source), Path(args.out)
     check_free(out)
+    if not path.exists():
+        path = find(args.source) or path
     if args.best or (path / FOLDER).is_dir():
         path = model_folder(path, args.best)
     if (path / "trainer").exists():

@@ -7,6 +7,7 @@ examples:
   flashgpt generate runs/demo --prompt "def "
   flashgpt generate runs/demo --prompt "import " --temperature 0 --stop ";" --stop "def "
   flashgpt generate path/to/gpt2-folder --prompt "Once" --top-p 0.95 --seed 7 --samples 4
+  flashgpt generate gpt2-medium --prompt "Once"
   flashgpt generate runs/demo --file prompts.txt --jsonl > texts.jsonl
   ls | flashgpt generate runs/demo --file - --logprobs 5 --jsonl
 
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 class Args:
     """Options of `generate`."""
 
-    model: Annotated[str, Positional, Doc("a run, a checkpoint, or a Hugging Face GPT-2 folder")]
+    model: Annotated[
+        str, Positional, Doc("a run, a checkpoint, a Hugging Face GPT-2's folder or name")
+    ]
     sample: Annotated[SampleConfig, OmitPrefix, Repeatable] = dataclasses.field(
         default_factory=SampleConfig
     )
