@@ -8,8 +8,8 @@ examples:
   flashgpt generate runs/demo --prompt "import " --temperature 0 --stop ";" --stop "def "
   flashgpt generate path/to/gpt2-folder --prompt "Once" --top-p 0.95 --seed 7 --samples 4
   flashgpt generate gpt2-medium --prompt "Once"
-  flashgpt generate runs/demo --file prompts.txt --jsonl > texts.jsonl
-  ls | flashgpt generate runs/demo --file - --logprobs 5 --jsonl
+  flashgpt generate runs/demo --file prompts.txt --samples 2 --jsonl
+  flashgpt generate runs/demo --file - --logprobs 5 --jsonl
 
 Each line of --jsonl is an object: prompt, sample (from 0), text, ids (those of the stop string
 included), reason (eos, stop, length, context) and with --logprobs for each id the log-probability
