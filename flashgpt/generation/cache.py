@@ -52,10 +52,6 @@ class KVCache:
         """Counts positions that all layers now hold."""
         self.length += tokens
 
-    def clear(self) -> None:
-        """Forgets all positions; the memory stays."""
-        self.length = 0
-
 
 class Source(NamedTuple):
     """Where a row of a new cache comes from."""

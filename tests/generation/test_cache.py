@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from flashgpt.config import GPTConfig
-from flashgpt.generation.cache import KVCache
+from flashgpt.generation.cache import KVCache, Source, gather
 from flashgpt.model.gpt2 import GPTModel
 
 CFG = GPTConfig(11, 6, 8, 2, 3, 0.0)
@@ -32,9 +32,6 @@ def test_positions_come_back_in_order_and_by_layer() -> None:
             assert k.untyped_storage().data_ptr() == memory  # a view, no copy
         cache.advance(count)
     assert cache.length == CFG.context_length and cache.k_LBNSH.data_ptr() == memory
-    cache.clear()
-    k, _ = cache.layer(0).extend(*_new(1))
-    assert cache.length == 0 and k.shape == (1, 2, 1, 4)
 
 
 def test_it_has_the_models_size_and_dtype() -> None:
@@ -57,3 +54,26 @@ def test_logits_over_the_cache_are_those_without_it_in_any_chunks() -> None:
             parts = [model(part, cache=cache) for part in ids.split(list(chunks), 1)]
             torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-12, rtol=1e-12)
     assert whole.abs().max() > 0.5
+
+
+def test_gathered_rows_end_together_and_hold_their_own_positions() -> None:
+    caches = []
+    for count, pads in ((4, (0, 2)), (2, (0,))):
+        cache = KVCache(CFG, len(pads), torch.device("cpu"), torch.float32, pads=pads)
+        for layer in range(CFG.n_layers):
+            k, v = torch.randn(2, len(pads), 2, count, 4)
+            cache.layer(layer).extend(k, v)
+        cache.advance(count)
+        caches.append(cache)
+    first, second = caches
+    sources = [Source(second, 0), Source(first, 1), Source(second, 0)]
+    shorter = gather(sources, 5)
+    assert (shorter.length, shorter.pads) == (2, (0, 0, 0))  # no longer than its longest text
+    mixed = gather([*sources, Source(first, 0)], 5)
+    assert (mixed.length, mixed.pads, mixed.k_LBNSH.shape[3]) == (4, (2, 2, 2, 0), 5)
+    for name in ("k_LBNSH", "v_LBNSH"):
+        new, one, two = (getattr(cache, name) for cache in (mixed, first, second))
+        assert torch.equal(new[:, 0, :, 2:4], two[:, 0, :, :2])
+        assert torch.equal(new[:, 1, :, 2:4], one[:, 1, :, 2:4])
+        assert torch.equal(new[:, 3, :, :4], one[:, 0, :, :4])
+        assert not new[:, :3, :, :2].any()  # no NaN of fresh memory, which a mask cannot silence
