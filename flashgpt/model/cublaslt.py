@@ -25,7 +25,8 @@ GELU_AUX_BIAS, DGELU = 164, 192  # cublasLtEpilogue_t
 COMPUTE_32F = 68  # cublasComputeType_t
 TYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType_t; that of scalars is 0, fp32
 # cublasLtMatmulDescAttributes_t
-TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_STRIDE = 3, 4, 7, 8, 11, 12
+TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LEADING = 3, 4, 7, 8, 11, 12
+INVALID_VALUE, NOT_SUPPORTED = 7, 15  # cublasStatus_t
 MAX_WORKSPACE_BYTES = 1  # cublasLtMatmulPreferenceAttributes_t
 # Both in bytes. With less, cuBLASLt may choose to apply the epilogue in a second kernel.
 ALIGNMENT, WORKSPACE = 256, 2**25
@@ -57,7 +58,10 @@ def library() -> ctypes.CDLL | None:
 
 
 def _call(name: str, *arguments: object) -> None:
-    if status := getattr(library(), name)(*arguments):
+    status = getattr(library(), name)(*arguments)
+    if status in (INVALID_VALUE, NOT_SUPPORTED):
+        raise NotImplementedError(f"{name} refused with cublasStatus_t {status}")
+    if status:
         raise RuntimeError(f"{name} failed with cublasStatus_t {status}")
 
 
@@ -76,7 +80,7 @@ class Product:
         transposed: b is given as b_NK.
 
     Raises:
-        RuntimeError: cuBLASLt has no algorithm for it.
+        NotImplementedError: cuBLASLt has no algorithm for it.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class Product:
         _call("cublasLtMatmulDescCreate", byref(self._description), COMPUTE_32F, 0)
         self._set(TRANSPOSE_A, c_int(transposed))
         self._set(EPILOGUE, c_int(epilogue))
-        self._set(AUX_STRIDE, c_int64(n))
+        self._set(AUX_LEADING, c_int64(n))
         # The choice looks at how these pointers are aligned.
         self._set(AUX_POINTER, c_void_p(ALIGNMENT))
         if epilogue == GELU_AUX_BIAS:
@@ -119,6 +123,8 @@ class Product:
             )  # fmt: skip
         finally:
             _call("cublasLtMatmulPreferenceDestroy", preference)
+        if not count.value or found.state:
+            raise NotImplementedError("cuBLASLt has no algorithm")
         return found
 
     def __call__(
@@ -164,5 +170,5 @@ def find(
     """A `Product`, made once; None where cuBLASLt has no algorithm."""
     try:
         return Product(epilogue, shape, dtype, device, transposed)
-    except RuntimeError:
+    except NotImplementedError:
         return None

@@ -46,7 +46,11 @@ def serves(x_BTD: Tensor, fc: nn.Linear, gelu: nn.GELU, proj: nn.Linear) -> bool
 
 
 def _is_changed(layer: nn.Module) -> bool:
-    return type(layer) not in (nn.Linear, nn.GELU) or bool(
+    if type(layer) not in (nn.Linear, nn.GELU) or getattr(layer, "bias", layer) is None:
+        return True
+    if not torch.compiler.is_compiling() and "forward" in vars(layer):
+        return True
+    return bool(
         layer._forward_hooks
         or layer._forward_pre_hooks
         or layer._backward_hooks
@@ -86,20 +90,21 @@ class _FeedForward(torch.autograd.Function):
         return torch.addmm(b2_D, act_MF, w2_DF.t())
 
     @staticmethod
-    def backward(ctx: Any, dout_MD: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, dout_MD: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the fused feed-forward layer has no second derivative; in fp32 it is not fused"
             )
         x_MD, w1_FD, w2_DF, act_MF, pre_MF = ctx.saved_tensors
-        dpre_MF = _matmul_dgelu(dout_MD, w2_DF, pre_MF)
-        return (
-            dpre_MF @ w1_FD,
-            dpre_MF.t() @ x_MD,
-            dpre_MF.sum(0),
-            dout_MD.t() @ act_MF,
-            dout_MD.sum(0),
-        )
+        need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad
+        dx_MD = dw1_FD = db1_F = None
+        if need_x or need_w1 or need_b1:
+            dpre_MF = _matmul_dgelu(dout_MD, w2_DF, pre_MF)
+            dx_MD = dpre_MF @ w1_FD if need_x else None
+            dw1_FD = dpre_MF.t() @ x_MD if need_w1 else None
+            db1_F = dpre_MF.sum(0) if need_b1 else None
+        dw2_DF = dout_MD.t() @ act_MF if need_w2 else None
+        return dx_MD, dw1_FD, db1_F, dw2_DF, dout_MD.sum(0) if need_b2 else None
 
 
 def _linear_gelu_plain(x_MD: Tensor, w_FD: Tensor, b_F: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def of_products(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products with x: autocast's, else that of x."""
+    """The dtype of matrix products with x: autocast's, but float64 stays; else that of x."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 

@@ -106,9 +106,10 @@ def test_errors_are_within_the_rule(case: Case) -> None:
 def test_decoding_is_within_the_rule(
     dtype: torch.dtype, keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One query; with dropout only its output is asked of this kernel."""
+    """One query; with dropout only its output is asked of this kernel, in fp32 nothing."""
     monkeypatch.setattr(verify, "MIN_ELEMENTS", 20)
-    for p, tensors in ((0.0, verify.TENSORS), (0.1, verify.INFERENCE)):
+    dropped = () if dtype == FP32 else verify.INFERENCE
+    for p, tensors in ((0.0, verify.TENSORS), (0.1, dropped)):
         rows = audit(Case(1, 2, 1, keys, 16, p, dtype=dtype))
         assert set(rows) == set(tensors)
         assert {name: row.used for name, row in rows.items() if not row.passed} == {}

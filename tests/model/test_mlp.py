@@ -126,6 +126,25 @@ def test_a_layer_with_a_hook_or_in_place_of_ours_is_called(
     scaled.load_state_dict(made.c_proj.state_dict())
     made.c_proj = scaled
     torch.testing.assert_close(made(x), 2 * before)
+    made.c_proj = layers(8).c_proj
+    made.c_proj.forward = scaled.forward  # type: ignore[assignment,method-assign]  # as offloading does
+    torch.testing.assert_close(made(x), 2 * before)
+    made.c_proj = nn.Linear(32, 8, bias=False).double()
+    torch.testing.assert_close(made(x), apart(made)(x))
+
+
+def test_frozen_layers_get_no_gradient() -> None:
+    made = layers(8)
+    x, dout = torch.randn(2, 3, 8, dtype=torch.float64).requires_grad_().unbind()
+    wanted = torch.autograd.grad(apart(made)(x), [x, made.c_fc.bias], dout)
+    made.c_fc.weight.requires_grad_(False)
+    made.c_proj.requires_grad_(False)
+    out = fused(made)(x)
+    found = torch.autograd.grad(out, [x, made.c_fc.bias], dout.detach())
+    for got, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+    with pytest.raises(RuntimeError, match="not require grad"):
+        torch.autograd.grad(fused(made)(x), made.c_fc.weight, dout.detach())
 
 
 def over(found: dict[str, Tensor], usual: dict[str, Tensor], exact: dict[str, Tensor]) -> set[str]:
