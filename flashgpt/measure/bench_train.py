@@ -273,7 +273,8 @@ def _warm(setup: Setup, variant: Variant) -> _Ready:
     ids_BT, targets_BT = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     # What is not compiled is not captured either, as with train.compile = "off".
-    graphs = variant.compiled and graph.pays(setup.device, ids_BT.numel())
+    parameters = sum(p.numel() for p in bare.model.parameters())
+    graphs = variant.compiled and graph.pays(setup.device, ids_BT.numel(), parameters)
     graphed = bare.graphed() if graphs else None
 
     def plain() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from flashgpt.config import GPTConfig
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import TrainConfig
-from flashgpt.train import optimizer
+from flashgpt.train import optimizer, runtime
 from flashgpt.train.bare import BareStep
 from flashgpt.train.optimizer import Optimizer
 from flashgpt.train.step import Forward, dropout_seed
@@ -99,6 +99,7 @@ def _forward(model: nn.Module, variant: Variant, device: torch.device) -> Forwar
     if variant.compiled:
         # Else the profiler sees one block in place of the kernels that are compiled for the CPU.
         on_cpu: dict[str, Any] = {"cpp.enable_kernel_profile": True}
+        runtime.tag_kept_code()
         call = torch.compile(model, options=on_cpu if device.type == "cpu" else None)
     if not isinstance(model, GPTModel):
         return lambda ids_BT, _: call(input_ids=ids_BT, labels=ids_BT).loss

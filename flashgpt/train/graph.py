@@ -18,16 +18,19 @@ from torch import Tensor
 # Plain calls before the capture. Compilers, libraries and the optimizer make in the first one what
 # cannot be made while a stream is captured; the others are PyTorch's advice.
 WARM_UP = 3
-# Of one forward pass. With more, an H100 is slower than the host on GPT-2's smallest shape, and a
-# graph would hold gigabytes of activations for nothing.
+# Of one forward pass: tokens, and tokens times parameters (of GPT-2's smallest shape, rounded
+# up). With more, an H100 is slower than the host, and a graph would hold gigabytes of activations
+# for nothing.
 MOST_TOKENS = 16384
+MOST_WORK = MOST_TOKENS * 125e6
 
 Out = TypeVar("Out")
 
 
-def pays(device: torch.device, tokens: int) -> bool:
+def pays(device: torch.device, tokens: int, parameters: int) -> bool:
     """Whether forward passes of so many tokens there leave the host behind."""
-    return device.type == "cuda" and tokens <= MOST_TOKENS
+    small = tokens <= MOST_TOKENS and tokens * parameters <= MOST_WORK
+    return small and device.type == "cuda"
 
 
 class Graphed(Generic[Out]):

@@ -144,7 +144,7 @@ def pays_as_graph(parts: Parts) -> bool:
     config = parts.config
     tokens = (config.micro_batch or parts.rows) * parts.model.cfg.context_length
     allowed = config.compile != "off" and config.dropout_masks == "shared"
-    return allowed and graph.pays(parts.device, tokens)
+    return allowed and graph.pays(parts.device, tokens, parts.model.n_parameters)
 
 
 def update(

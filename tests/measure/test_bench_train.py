@@ -188,7 +188,7 @@ def test_compiled_steps_are_graphs_where_the_trainers_are(
             return call, None
 
     monkeypatch.setattr(graph, "Stream", Stream)
-    monkeypatch.setattr(graph, "pays", lambda device, tokens: tokens == 32)
+    monkeypatch.setattr(graph, "pays", lambda device, tokens, parameters: tokens == 32)
     found = measure(_setup(compile="both", dropouts=(0.1,)))
     assert [(row.compiled, row.graph) for row in found.rows] == [
         (False, False), (True, True), (False, False), (True, False), (False, False), (True, True)

@@ -124,7 +124,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made = Stepper.__init__
     monkeypatch.setattr(Stepper, "__init__", tell)
     monkeypatch.setattr(graph, "Stream", StandIn)
-    monkeypatch.setattr(graph, "pays", lambda device, tokens: True)
+    monkeypatch.setattr(graph, "pays", lambda *_: True)
     monkeypatch.setattr(GPTModel, "_check", lambda *_: None)  # looks at ids on the CPU only
     return notes
 
@@ -140,7 +140,7 @@ def twice(
         for name in ("plain", "graphed"):
             with monkeypatch.context() as patch:
                 if name == "plain":
-                    patch.setattr(graph, "pays", lambda device, tokens: False)
+                    patch.setattr(graph, "pays", lambda *_: False)
                 found.append(train(tmp_path / name, "--train.device", "cpu", *more))
         return found[0], found[1]
 
@@ -385,6 +385,14 @@ def test_small_steps_on_cuda_are_captured_unless_nothing_is_compiled(
     assert pays_as_graph(made) is expected
 
 
+def test_larger_models_are_captured_with_fewer_tokens() -> None:
+    cuda = torch.device("cuda")
+    assert graph.pays(cuda, MOST_TOKENS, 124_000_000)
+    assert not graph.pays(cuda, MOST_TOKENS, 355_000_000)
+    assert graph.pays(cuda, MOST_TOKENS // 4, 355_000_000)
+    assert not graph.pays(cuda, 2 * MOST_TOKENS, 1000)
+
+
 def test_a_bare_step_as_a_graph_has_the_bits_of_the_plain_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -441,7 +449,7 @@ def _on_cuda(
 
     with pytest.MonkeyPatch.context() as patch:
         if not graphed:
-            patch.setattr(graph, "pays", lambda device, tokens: False)
+            patch.setattr(graph, "pays", lambda *_: False)
         compiled = runtime.compiled
         patch.setattr(runtime, "compiled", lambda *args: change_forward(compiled(*args)))
         trainer.fit(data, out, run, listener=Listener(step=entry, note=notes.append))
