@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from flashgpt.config import GPTConfig
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import TrainConfig
-from flashgpt.train import optimizer
+from flashgpt.train import optimizer, runtime
 from flashgpt.train.optimizer import Optimizer
 from flashgpt.train.step import Forward, dropout_seed
 
@@ -124,6 +124,7 @@ def peer_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) 
 
 def own_forward(model: GPTModel, config: TrainConfig, *, compiled: bool) -> Forward:
     """(ids, targets) -> loss, as our trainer calls it: fresh dropout masks in every step."""
+    runtime.tag_kept_code()
     call = torch.compile(model) if compiled else model
     steps = iter(range(2**31))
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import stat
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from flashgpt import usercache
 
@@ -94,16 +96,22 @@ def _keep_compiled_code() -> None:
     """Has torch keep what it compiles in the user's cache, where the next process finds it.
 
     Torch's own place is the system's folder for temporary files, which is lost at reboot. It
-    stays if the cache cannot be written, and gives way to one that the user named. It is fixed
-    when torch's compiler is imported, which an optimizer does; hence here.
+    stays if the cache cannot be written, or can by anyone, and gives way to one that the user
+    named. It is fixed when torch's compiler is imported, which an optimizer does; hence here.
     """
     try:
         folder = usercache.folder() / "compile"
     except RuntimeError:  # no home
         return
     there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
-    if os.path.isdir(there) and os.access(there, os.W_OK):
+    if os.path.isdir(there) and os.access(there, os.W_OK) and not _is_open_to_all(there):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def _is_open_to_all(folder: Path) -> bool:
+    """Whether other users may put code there that would run as ours."""
+    mode = folder.stat().st_mode
+    return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
 
 
 def _report(error: Exception, status: int, debug: bool) -> int:

@@ -257,6 +257,19 @@ def test_compiled_code_goes_into_the_users_cache(
     assert place() is None
 
 
+@pytest.mark.skipif(os.name != "posix", reason="of POSIX permissions")
+@pytest.mark.parametrize(("mode", "used"), [(0o755, True), (0o1777, True), (0o777, False)])
+def test_code_is_not_kept_where_everyone_may_write(
+    mode: int, used: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.importlib, "import_module", lambda _: SimpleNamespace(main=lambda _: 0))
+    monkeypatch.setenv("FLASHGPT_CACHE", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    tmp_path.chmod(mode)
+    assert cli.main(["train"]) == 0
+    assert ("TORCHINDUCTOR_CACHE_DIR" in os.environ) is used
+
+
 def test_without_a_writable_cache_torch_keeps_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,8 +124,7 @@ def compiled(
     reason = _no_compiler(model.wte.weight.device)
     if reason is None:
         note("compiles the model: up to a minute, or seconds where it was compiled before")
-        # Gradients and shapes of our operators go into kept code, into its key their names alone.
-        compiler_config.cache_key_tag = compiler_config.cache_key_tag or _sources_digest()
+        tag_kept_code()
         try:
             # Static, so that the code does not depend on the shapes that this process saw before.
             forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(model, dynamic=False)
@@ -180,6 +179,15 @@ def _rehearse(
     finally:
         model.set_dropout(None)
         model.train(was_training)
+
+
+def tag_kept_code() -> None:
+    """Keeps compiled code of other versions of our operators out; before a model is compiled.
+
+    Their gradients and shapes go into the code that torch keeps, into its key their names alone.
+    """
+    if not compiler_config.cache_key_tag.endswith(_sources_digest()):
+        compiler_config.cache_key_tag += _sources_digest()
 
 
 @functools.cache
