@@ -38,6 +38,8 @@ def serves(x_BTD: Tensor, fc: nn.Linear, gelu: nn.GELU, proj: nn.Linear) -> bool
     return (
         torch.is_grad_enabled()
         and not any(map(_is_changed, (fc, gelu, proj)))
+        and fc.bias is not None
+        and proj.bias is not None
         and gelu.approximate == "tanh"
         and fc.in_features % WIDTH_MULTIPLE == fc.out_features % WIDTH_MULTIPLE == 0
         and precision.of_products(x_BTD) in cublaslt.TYPES
@@ -46,8 +48,9 @@ def serves(x_BTD: Tensor, fc: nn.Linear, gelu: nn.GELU, proj: nn.Linear) -> bool
 
 
 def _is_changed(layer: nn.Module) -> bool:
-    if type(layer) not in (nn.Linear, nn.GELU) or getattr(layer, "bias", layer) is None:
+    if type(layer) not in (nn.Linear, nn.GELU):
         return True
+    # A compiler may not trace this look, and would cut the model in two.
     if not torch.compiler.is_compiling() and "forward" in vars(layer):
         return True
     return bool(

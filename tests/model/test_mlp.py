@@ -21,6 +21,14 @@ GPU = [
 Layer = Callable[[Tensor], Tensor]
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused way is taken, in float64, by PyTorch's operators."""
+    monkeypatch.setattr(mlp, "_capability", lambda device: mlp.LEAST_CAPABILITY)
+    monkeypatch.setattr(cublaslt, "library", lambda: "the library")
+    monkeypatch.setitem(cublaslt.TYPES, torch.float64, 1)
+
+
 def layers(width: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> FeedForward:
     """A feed-forward layer whose biases matter."""
     torch.manual_seed(0)
@@ -86,12 +94,8 @@ def test_it_is_for_training_in_half_precision_on_a_gpu() -> None:
     assert not mlp.serves(torch.randn(1, 2, 8), made.c_fc, made.gelu, made.c_proj)
 
 
-def test_where_it_serves_a_compiled_layer_stays_one_graph(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(mlp, "_capability", lambda device: mlp.LEAST_CAPABILITY)
-    monkeypatch.setattr(cublaslt, "library", lambda: "the library")
-    monkeypatch.setitem(cublaslt.TYPES, torch.float64, 1)
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_where_it_serves_a_compiled_layer_stays_one_graph() -> None:
     made = layers(8)
     x, dout = torch.randn(2, 3, 8, dtype=torch.float64)[:, None].unbind()
     assert mlp.serves(x, made.c_fc, made.gelu, made.c_proj)
@@ -102,12 +106,8 @@ def test_where_it_serves_a_compiled_layer_stays_one_graph(
         torch.testing.assert_close(found, wanted[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
-def test_a_layer_with_a_hook_or_in_place_of_ours_is_called(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(mlp, "_capability", lambda device: mlp.LEAST_CAPABILITY)
-    monkeypatch.setattr(cublaslt, "library", lambda: "the library")
-    monkeypatch.setitem(cublaslt.TYPES, torch.float64, 1)
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_layer_with_a_hook_or_in_place_of_ours_is_called() -> None:
     made = layers(8)
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     seen: list[nn.Module] = []

@@ -166,9 +166,10 @@ def test_the_runs_last_evaluation_is_what_evaluate_finds(
     assert [e["step"] for e in trained.metrics if "val_loss" in e] == [4, 8, 12]
 
 
-def test_a_listener_hears_nothing_by_default() -> None:
+def test_a_listener_says_nothing_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     listener = Listener()
     listener.step({})
     listener.evaluation(1, Evaluation(1.0, 1.0, 1, 1))
     listener.note("")
     listener.sample("")
+    assert capsys.readouterr() == ("", "")
