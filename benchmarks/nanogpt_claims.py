@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-SIDES = {"nanogpt": "#e8a87c", "ours": "#1f5a93"}  # and its colour
+PEER, CONTROL, OWN = "nanogpt", "control", "ours"
+COLOURS = {PEER: "#e8a87c", OWN: "#1f5a93", CONTROL: "#8f8f8f"}
 LIMIT = 0.005
 FIRST_LIMIT = {"bf16": 1e-3, "fp32": 1e-5}
 LAST = 20  # steps whose mean is the final loss
@@ -21,9 +22,14 @@ JUDGED = ("final", "held_out")
 Run = dict[str, Any]
 
 
+def of_side(runs: Sequence[Run], side: str) -> list[Run]:
+    """The runs of one side, by seed as they were made."""
+    return [run for run in runs if run["side"] == side]
+
+
 def judge(runs: Sequence[Run], first_limit: float) -> dict[str, Any]:
-    """Differences, nanoGPT's spread, and whether the claims hold."""
-    peer, own = ([run for run in runs if run["side"] == side] for side in SIDES)
+    """Differences, the control's and nanoGPT's spread beside them, and whether the claims hold."""
+    peer, control, own = (of_side(runs, side) for side in (PEER, CONTROL, OWN))
     pairs = list(zip(peer, own, strict=True))
     first = [ours["losses"][0] - theirs["losses"][0] for theirs, ours in pairs]
     claims: dict[str, Any] = {
@@ -40,6 +46,9 @@ def judge(runs: Sequence[Run], first_limit: float) -> dict[str, Any]:
         claims[name] = {
             "differences": apart,
             "mean_difference": mean,
+            "control_differences": [
+                other[name] - theirs[name] for theirs, other in zip(peer, control, strict=True)
+            ],
             "nanogpt_spread": spread,
             "limit": LIMIT,
             "holds": bool(abs(mean) <= LIMIT and abs(mean) <= spread),
@@ -48,14 +57,16 @@ def judge(runs: Sequence[Run], first_limit: float) -> dict[str, Any]:
 
 
 def show(record: dict[str, Any]) -> None:
-    """The table."""
-    print(f"\n{'seed':>6} {'loss':<9} {'nanogpt':>9} {'ours':>9} {'difference':>11}")
+    """The table; differences are from nanoGPT's."""
+    columns = f"{'seed':>6} {'loss':<9} {'nanogpt':>9} {'ours':>9} {'difference':>11}"
+    print(f"\n{columns} {'of the control':>15}")
     runs = record["runs"]
-    for theirs, ours in zip(runs[::2], runs[1::2], strict=True):
+    for at, (theirs, ours) in enumerate(zip(of_side(runs, PEER), of_side(runs, OWN), strict=True)):
         for name in JUDGED:
+            claim = record["claims"][name]
             print(
                 f"{ours['seed']:>6} {name:<9} {theirs[name]:>9.4f} {ours[name]:>9.4f} "
-                f"{ours[name] - theirs[name]:>+11.5f}"
+                f"{claim['differences'][at]:>+11.5f} {claim['control_differences'][at]:>+15.5f}"
             )
     first = record["claims"]["first_step"]
     largest = max(map(abs, first["differences"]))
@@ -83,14 +94,17 @@ def draw(record: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 7), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True)
-    peer, own = ([run for run in record["runs"] if run["side"] == side] for side in SIDES)
-    for index, (theirs, ours) in enumerate(zip(peer, own, strict=True)):
+    peer, control, own = (of_side(record["runs"], side) for side in (PEER, CONTROL, OWN))
+    for index, (theirs, other, ours) in enumerate(zip(peer, control, own, strict=True)):
         steps = range(1, len(ours["losses"]) + 1)
         for run, width in ((theirs, 3.5), (ours, 0.9)):
             label = None if index else run["side"]
-            top.plot(steps, run["losses"], color=SIDES[run["side"]], linewidth=width, label=label)
+            top.plot(steps, run["losses"], color=COLOURS[run["side"]], linewidth=width, label=label)
+        apart = np.subtract(other["losses"], theirs["losses"])
+        label = None if index else f"{CONTROL} - {PEER}"
+        bottom.plot(steps, apart, color=COLOURS[CONTROL], linewidth=0.9, label=label)
         apart = np.subtract(ours["losses"], theirs["losses"])
-        bottom.plot(steps, apart, linewidth=0.9, label=f"ours - nanogpt, seed {ours['seed']}")
+        bottom.plot(steps, apart, linewidth=0.9, label=f"{OWN} - {PEER}, seed {ours['seed']}")
     for limit in (-LIMIT, LIMIT):
         label = f"{LIMIT:g}, limit of the final loss" if limit > 0 else None
         bottom.axhline(limit, color="#b02a2a", linewidth=1.0, linestyle="--", label=label)

@@ -156,6 +156,7 @@ def run_loss(tmp_path: Path, peer: Path, prepared: Path) -> Main:
 
     def main(*more: str) -> tuple[int, dict[str, Any]]:
         size = [*SIZES, "30", "--vocab-size", "60", "--lr", "3e-3", "--compile", "off"]
+        size += ["--warm-up", "2"]
         folders = ["--nanogpt", str(peer), "--text", str(prepared), "--out", str(tmp_path / "out")]
         status = loss.main([*size, *folders, *more])
         return status, json.loads((tmp_path / "out" / "loss.json").read_text())
@@ -270,12 +271,16 @@ def test_both_sides_reach_the_same_loss(
     status, record = run_loss()
     assert status == 0 and record["claims_hold"]
     found = [(run["side"], run["seed"]) for run in record["runs"]]
-    assert found == [(side, seed) for seed in (1337, 1338, 1339) for side in ("nanogpt", "ours")]
+    sides = ("nanogpt", "control", "ours")
+    assert found == [(side, seed) for seed in (1337, 1338, 1339) for side in sides]
     for run in record["runs"]:
         assert len(run["losses"]) == 30 and run["losses"][-1] < run["losses"][0]
         assert run["final"] == pytest.approx(sum(run["losses"][10:]) / 20, abs=1e-5)
         assert run["held_out"] < run["losses"][0] - 0.1  # it was learnt
-    pairs = list(zip(record["runs"][::2], record["runs"][1::2], strict=True))
+    peer, control, own = (nanogpt_claims.of_side(record["runs"], side) for side in sides)
+    for theirs, other in zip(peer, control, strict=True):
+        assert theirs["losses"] != other["losses"] == pytest.approx(theirs["losses"], abs=1e-3)
+    pairs = list(zip(peer, own, strict=True))
     for theirs, ours in pairs:
         assert abs(theirs["losses"][0] - ours["losses"][0]) <= 1e-5
         assert theirs["losses"] == pytest.approx(ours["losses"], abs=1e-3)
@@ -333,8 +338,8 @@ def test_other_decays_are_refused(run_loss: Main, peer: Path) -> None:
 def runs_of(theirs: list[float], ours: list[float]) -> list[dict[str, Any]]:
     return [
         {"side": side, "seed": seed, "losses": [9.0], "final": value, "held_out": value}
-        for seed, pair in enumerate(zip(theirs, ours, strict=True))
-        for side, value in zip(("nanogpt", "ours"), pair, strict=True)
+        for seed, (peer, own) in enumerate(zip(theirs, ours, strict=True))
+        for side, value in (("nanogpt", peer), ("control", peer + 1), ("ours", own))
     ]
 
 
@@ -352,6 +357,7 @@ def runs_of(theirs: list[float], ours: list[float]) -> list[dict[str, Any]]:
 def test_claims_can_fail(theirs: list[float], ours: list[float], holds: bool) -> None:
     claims = nanogpt_claims.judge(runs_of(theirs, ours), 1e-5)
     assert claims["first_step"]["holds"]
+    assert claims["final"]["control_differences"][0] == pytest.approx(1.0)
     assert claims["final"]["holds"] is claims["held_out"]["holds"] is holds
 
 
