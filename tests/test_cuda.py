@@ -332,5 +332,6 @@ def test_a_benchmarked_step_has_all_its_parts(compile_: Literal["off", "on"]) ->
     assert found.refused == [] and len(found.rows) == 3 and not found.alternated
     for row in found.rows:
         assert sum(row.parts.values()) == pytest.approx(row.ms)
-        assert all(ms > 0 for ms in row.parts.values()), row
+        apart = not row.model.startswith("use_flash")  # ours computes GELU in the products
+        assert all(ms > 0 for name, ms in row.parts.items() if apart or name != "activation"), row
         assert row.peak_bytes > 4 * 4 * found.parameters

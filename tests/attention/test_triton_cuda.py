@@ -93,7 +93,9 @@ def test_errors_are_within_the_rule(dtype: torch.dtype) -> None:
     assert not over, "\n".join(over)
     expected = {"triton"} if dtype == torch.float32 else set(ours())
     assert {row.kernel for row in rows} == expected
-    assert {row.case for row in rows if row.kernel == "triton"} == set(map(str, cases(dtype)))
+    refused = dtype == torch.float32  # where T is 1 and weights are dropped; see `supports`
+    served = [case for case in cases(dtype) if not (refused and case.queries == 1 and case.p)]
+    assert {row.case for row in rows if row.kernel == "triton"} == set(map(str, served))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
