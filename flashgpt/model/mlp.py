@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashgpt.model import cublaslt, precision
+from flashgpt.model.replaced import is_plain
 
 WIDTH_MULTIPLE = 8  # elements, 16 bytes: what cuBLASLt needs of widths
 LEAST_CAPABILITY = 9  # measured on Hopper; on GPUs before it the epilogues may be slower
@@ -37,27 +38,13 @@ def serves(x_BTD: Tensor, fc: nn.Linear, gelu: nn.GELU, proj: nn.Linear) -> bool
     """
     return (
         torch.is_grad_enabled()
-        and not any(map(_is_changed, (fc, gelu, proj)))
+        and all(is_plain(layer, (nn.Linear, nn.GELU)) for layer in (fc, gelu, proj))
         and fc.bias is not None
         and proj.bias is not None
         and gelu.approximate == "tanh"
         and fc.in_features % WIDTH_MULTIPLE == fc.out_features % WIDTH_MULTIPLE == 0
         and precision.of_products(x_BTD) in cublaslt.TYPES
         and _has_epilogues(x_BTD.get_device())
-    )
-
-
-def _is_changed(layer: nn.Module) -> bool:
-    if type(layer) not in (nn.Linear, nn.GELU):
-        return True
-    # A compiler may not trace this look, and would cut the model in two.
-    if not torch.compiler.is_compiling() and "forward" in vars(layer):
-        return True
-    return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
     )
 
 
