@@ -32,12 +32,13 @@ MAY_KNOW: dict[str, set[str]] = {
     "runconfig": {"config", "fields"},
     "toml": {"fields", "runconfig"},
     "usercache": set(),
+    "cudagraph": set(),
     "attention": {"usercache"},
     "model": {"attention", "config"},
     "tokenizer": set(),
     "locks": set(),
     "data": {"locks", "runconfig", "tokenizer"},
-    "generation": {"attention", "config", "model", "runconfig", "tokenizer"},
+    "generation": {"attention", "config", "cudagraph", "model", "runconfig", "tokenizer"},
     "interop": {"config", "model", "tokenizer"},
 }
 TOP = {"cli", "verbs", "orchestrator"}  # known to nobody but the verbs and each other
@@ -48,6 +49,7 @@ NEED_TRITON = {
     "flashgpt.attention.triton_flash",
     "flashgpt.attention.triton_keys",
     "flashgpt.attention.triton_launch",
+    "flashgpt.generation.triton_step",
     "flashgpt.model.triton_loss",
 }
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from flashgpt.config import GPTConfig
+from flashgpt.generation.ahead import Ahead
 from flashgpt.generation.rows import Logits, Row
 from flashgpt.generation.sampling import Drawn, logprobs, sample, uniforms
 from flashgpt.model.gpt2 import GPTModel, check_ids
@@ -74,26 +75,34 @@ def decode_rows(
         )
     if top is not None and not 0 <= top <= vocab_size:
         raise ValueError(f"logprobs must be in 0 .. vocab_size {vocab_size}, got {top}")
-    logits = Logits(model, use_cache=use_cache)
-    device = model.wte.weight.device
     greedy = config.temperature == 0
     random = {row: [] if greedy else uniforms(config.seed, row.sample, row.limit) for row in rows}
-    while alive := [row for row in rows if row.reason is None]:
-        logits_BV = logits.after(alive)[:, :vocab_size]
-        number = [0.0 if greedy else random[row][len(row.ids)] for row in alive]
-        chosen_B = sample(logits_BV, config, torch.tensor(number, device=device).double())
-        if top is None:
-            found = [Drawn(token) for token in chosen_B.tolist()]
-        else:
-            found = logprobs(logits_BV, chosen_B, top)
-        for row, drawn in zip(alive, found, strict=True):
-            if drawn.id == eos_id:
-                row.reason = "eos"
-            elif drawn.id in config.stop_ids:
-                row.reason = "stop"
+    logits = Logits(model, use_cache=use_cache)
+    ahead = Ahead(model, logits, config, random, vocab_size) if use_cache and top is None else None
+    device = model.wte.weight.device
+    try:
+        while alive := [row for row in rows if row.reason is None]:
+            if ahead is not None and (tokens := ahead.tokens(alive)) is not None:
+                found = [Drawn(token) for token in tokens]
             else:
-                row.push(drawn.id, model.cfg.context_length, config.past_context)
-                yield row, drawn
+                logits_BV = logits.after(alive)[:, :vocab_size]
+                number = [0.0 if greedy else random[row][len(row.ids)] for row in alive]
+                chosen_B = sample(logits_BV, config, torch.tensor(number, device=device).double())
+                if top is None:
+                    found = [Drawn(token) for token in chosen_B.tolist()]
+                else:
+                    found = logprobs(logits_BV, chosen_B, top)
+            for row, drawn in zip(alive, found, strict=True):
+                if drawn.id == eos_id:
+                    row.reason = "eos"
+                elif drawn.id in config.stop_ids:
+                    row.reason = "stop"
+                else:
+                    row.push(drawn.id, model.cfg.context_length, config.past_context)
+                    yield row, drawn
+    finally:
+        if ahead is not None:
+            ahead.end()
 
 
 def check_prompt(prompt: Sequence[int], cfg: GPTConfig) -> None:

@@ -69,6 +69,15 @@ class Logits:
         self._rows: list[Row] = []
         self._cache: KVCache | None = None
 
+    def cache_of(self, rows: Sequence[Row]) -> KVCache | None:
+        """The cache, if it holds these rows in this order; what `adopt` takes back."""
+        held = list(rows) == self._rows and all(row.held for row in rows)
+        return self._cache if held else None
+
+    def adopt(self, rows: list[Row], cache: KVCache) -> None:
+        """Goes on from a cache that was extended elsewhere."""
+        self._rows, self._cache = rows, cache
+
     @torch.inference_mode()
     def after(self, rows: Sequence[Row]) -> Tensor:
         """logits_BV in the order of `rows`, after the last token of each window."""
@@ -85,8 +94,8 @@ class Logits:
                 self._model.train()
 
     def _over_cache(self, rows: list[Row]) -> Tensor:
-        if self._cache is not None and rows == self._rows and all(row.held for row in rows):
-            found_BV = self._step(rows, self._cache)
+        if (cache := self.cache_of(rows)) is not None:
+            found_BV = self._step(rows, cache)
         else:
             found_BV = self._rearranged(rows)
         for row in rows:

@@ -1,0 +1,106 @@
+"""One position of a GPT-2 for every text of a batch, over a cache, with nothing left to the host.
+
+All that changes from step to step stands on the device, so the same launches serve each: what a
+CUDA graph needs. A few texts go through kernels of our own (triton_step.py), many through the
+model's layers, around attention of our own.
+
+Legend: B texts, D model width, P programs, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from flashgpt.attention.heads import MultiHeadAttention
+from flashgpt.generation.cache import KVCache
+from flashgpt.model.block import FeedForward, TransformerBlock
+from flashgpt.model.gpt2 import GPTModel
+from flashgpt.model.replaced import is_plain
+
+if TYPE_CHECKING:
+    from flashgpt.generation.triton_step import State
+
+LAYERS = (
+    *(GPTModel, TransformerBlock, MultiHeadAttention, FeedForward),
+    *(nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.GELU),
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LEAST_CAPABILITY = (8, 0)  # of the GPU: what Triton supports, with bf16
+
+
+def serves(model: GPTModel) -> bool:
+    """Whether this file can: plain layers in one dtype on one GPU, the switch on."""
+    weight = model.wte.weight
+    return (
+        weight.is_cuda
+        and find_spec("triton") is not None
+        and torch.cuda.get_device_capability(weight.device) >= LEAST_CAPABILITY
+        and weight.dtype in DTYPES
+        and all((p.dtype, p.device) == (weight.dtype, weight.device) for p in model.parameters())
+        and all(is_plain(layer, LAYERS) for layer in model.modules())
+        and all(block.attn.use_flash and block.attn.kernel is None for block in _blocks(model))
+    )
+
+
+def step(
+    model: GPTModel, cache: KVCache, state: State, vocab_size: int
+) -> tuple[Tensor, Tensor | None]:
+    """Logits after the tokens that come next, which join the cache.
+
+    Args:
+        model: in eval mode.
+        cache: contiguous, in the model's dtype.
+        vocab_size: ids from here on get no logit.
+
+    Returns:
+        logits_BV, and `best_BP2` for `advance`, None with many texts.
+    """
+    from flashgpt.generation import triton_step
+
+    x_BD = triton_step.embed(state, model.wte.weight, model.wpe.weight)
+    if len(x_BD) > triton_step.MOST_TEXTS:
+        return _of_many(x_BD, model, cache, state)[:, :vocab_size], None
+    return _of_few(x_BD, model, cache, state, vocab_size)
+
+
+def _of_few(
+    x_BD: Tensor, model: GPTModel, cache: KVCache, state: State, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    from flashgpt.generation import triton_step as do
+
+    for index, block in enumerate(_blocks(model)):
+        c_attn, c_proj = block.attn.c_attn, block.attn.c_proj
+        qkv_BD = do.norm_linear(x_BD, block.ln_1, c_attn.weight, c_attn.bias)
+        keys_and_values = cache.k_LBNSH[index], cache.v_LBNSH[index]
+        attention = do.attend_in_parts(state, qkv_BD, *keys_and_values)
+        do.attention_linear_add_(x_BD, attention, c_proj.weight, c_proj.bias)
+        c_fc, c_proj = block.mlp.c_fc, block.mlp.c_proj
+        gelu = model.cfg.activation
+        inner_BD = do.norm_linear(x_BD, block.ln_2, c_fc.weight, c_fc.bias, gelu)
+        do.linear_add_(x_BD, inner_BD, c_proj.weight, c_proj.bias)
+    head_VD = model.lm_head.weight[:vocab_size]
+    best_BP2 = x_BD.new_empty(len(x_BD), do.programs(*head_VD.shape), 2)
+    logits_BV = do.norm_linear(x_BD, model.ln_f, head_VD, None, best_BP2=best_BP2)
+    return logits_BV, best_BP2
+
+
+def _of_many(x_BD: Tensor, model: GPTModel, cache: KVCache, state: State) -> Tensor:
+    from flashgpt.generation import triton_step as do
+
+    x_BD = x_BD.to(model.wte.weight.dtype)
+    for index, block in enumerate(_blocks(model)):
+        out_BD = torch.empty_like(x_BD)
+        qkv_BD = block.attn.c_attn(block.ln_1(x_BD))
+        do.attend(state, qkv_BD, cache.k_LBNSH[index], cache.v_LBNSH[index], out_BD)
+        x_BD = x_BD + block.attn.c_proj(out_BD)
+        x_BD = x_BD + block.mlp(block.ln_2(x_BD))
+    logits_BV: Tensor = model.lm_head(model.ln_f(x_BD))
+    return logits_BV
+
+
+def _blocks(model: GPTModel) -> list[TransformerBlock]:
+    return [block for block in model.h if isinstance(block, TransformerBlock)]
