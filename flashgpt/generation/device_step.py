@@ -1,8 +1,8 @@
 """One position of a GPT-2 for every text of a batch, over a cache, with nothing left to the host.
 
 All that changes from step to step stands on the device, so the same launches serve each: what a
-CUDA graph needs. A few texts go through kernels of our own (triton_step.py), many through the
-model's layers, around attention of our own.
+CUDA graph needs. A few texts go through kernels of our own (triton_step.py), many through
+PyTorch's products, around attention of our own.
 
 Legend: B texts, D model width, P programs, V vocabulary.
 """
@@ -13,36 +13,29 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flashgpt.attention.heads import MultiHeadAttention
+from flashgpt.generation import forward
 from flashgpt.generation.cache import KVCache
-from flashgpt.model.block import FeedForward, TransformerBlock
+from flashgpt.generation.forward import Forward
 from flashgpt.model.gpt2 import GPTModel
-from flashgpt.model.replaced import is_plain
 
 if TYPE_CHECKING:
     from flashgpt.generation.triton_step import State
 
-LAYERS = (
-    *(GPTModel, TransformerBlock, MultiHeadAttention, FeedForward),
-    *(nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.GELU),
-)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)  # of the GPU: what Triton supports, with bf16
 
 
 def serves(model: GPTModel) -> bool:
-    """Whether this file can: plain layers in one dtype on one GPU, the switch on."""
+    """Whether this file can: a plain model on a GPU that Triton compiles for."""
     weight = model.wte.weight
     return (
         weight.is_cuda
         and find_spec("triton") is not None
         and torch.cuda.get_device_capability(weight.device) >= LEAST_CAPABILITY
         and weight.dtype in DTYPES
-        and all((p.dtype, p.device) == (weight.dtype, weight.device) for p in model.parameters())
-        and all(is_plain(layer, LAYERS) for layer in model.modules())
-        and all(block.attn.use_flash and block.attn.kernel is None for block in _blocks(model))
+        and forward.serves(model)
     )
 
 
@@ -72,7 +65,7 @@ def _of_few(
 ) -> tuple[Tensor, Tensor]:
     from flashgpt.generation import triton_step as do
 
-    for index, block in enumerate(_blocks(model)):
+    for index, block in enumerate(forward.blocks(model)):
         c_attn, c_proj = block.attn.c_attn, block.attn.c_proj
         qkv_BD = do.norm_linear(x_BD, block.ln_1, c_attn.weight, c_attn.bias)
         keys_and_values = cache.k_LBNSH[index], cache.v_LBNSH[index]
@@ -89,18 +82,12 @@ def _of_few(
 
 
 def _of_many(x_BD: Tensor, model: GPTModel, cache: KVCache, state: State) -> Tensor:
-    from flashgpt.generation import triton_step as do
+    from flashgpt.generation import triton_step
 
-    x_BD = x_BD.to(model.wte.weight.dtype)
-    for index, block in enumerate(_blocks(model)):
-        out_BD = torch.empty_like(x_BD)
-        qkv_BD = block.attn.c_attn(block.ln_1(x_BD))
-        do.attend(state, qkv_BD, cache.k_LBNSH[index], cache.v_LBNSH[index], out_BD)
-        x_BD = x_BD + block.attn.c_proj(out_BD)
-        x_BD = x_BD + block.mlp(block.ln_2(x_BD))
-    logits_BV: Tensor = model.lm_head(model.ln_f(x_BD))
-    return logits_BV
+    def attention(index: int, qkv_BD: Tensor) -> Tensor:
+        out_BD = qkv_BD.new_empty(x_BD.shape)
+        triton_step.attend(state, qkv_BD, cache.k_LBNSH[index], cache.v_LBNSH[index], out_BD)
+        return out_BD
 
-
-def _blocks(model: GPTModel) -> list[TransformerBlock]:
-    return [block for block in model.h if isinstance(block, TransformerBlock)]
+    layers = Forward(model)
+    return layers.logits(layers.hidden(x_BD.to(model.wte.weight.dtype), attention))

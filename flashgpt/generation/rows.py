@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 from flashgpt.generation.cache import KVCache, Source, gather
+from flashgpt.generation.forward import Forward, packs, serves
 from flashgpt.model.gpt2 import GPTModel
+
+LEAST_TOKENS = 32  # to be drawn of a single text, that make up for copies of its model's matrices
 
 Reason = Literal["eos", "stop", "length", "context"]
 
@@ -66,6 +69,9 @@ class Logits:
 
     def __init__(self, model: GPTModel, *, use_cache: bool = True) -> None:
         self._model, self._use_cache = model, use_cache
+        self._fast = Forward(model) if use_cache and serves(model) else None
+        self._packs = self._fast is not None and packs(model)
+        self._packed: Forward | None = None
         self._rows: list[Row] = []
         self._cache: KVCache | None = None
 
@@ -87,7 +93,7 @@ class Logits:
         try:
             if not self._use_cache:
                 ids, pads = _padded([row.window for row in rows])
-                return self._forward(ids, pads, None)
+                return self._forward(ids, pads, None, None)
             return self._over_cache(list(rows))
         finally:
             if was_training:
@@ -124,7 +130,7 @@ class Logits:
             ids, pads = _padded(windows)
             size = (cfg, len(ids), weight.device, weight.dtype)
             made = KVCache(*size, pads=pads, capacity=capacity)
-            logits_BV = self._forward(ids, pads, made)
+            logits_BV = self._forward(ids, pads, made, self._fast)
             for row in anew:
                 place = windows.index(tuple(row.window))
                 logits[row], places[row] = logits_BV[place], Source(made, place)
@@ -136,9 +142,20 @@ class Logits:
         return torch.stack([logits[row] for row in rows])
 
     def _step(self, rows: Sequence[Row], cache: KVCache) -> Tensor:
-        return self._forward([[row.window[-1]] for row in rows], cache.pads, cache)
+        fast = self._fast
+        if len(rows) == 1 and self._packs:
+            if self._packed is None and rows[0].limit - len(rows[0].ids) >= LEAST_TOKENS:
+                self._packed = Forward(self._model, packed=True)
+            fast = self._packed or fast
+        return self._forward([[row.window[-1]] for row in rows], cache.pads, cache, fast)
 
-    def _forward(self, ids: list[list[int]], pads: Sequence[int], cache: KVCache | None) -> Tensor:
+    def _forward(
+        self,
+        ids: list[list[int]],
+        pads: Sequence[int],
+        cache: KVCache | None,
+        fast: Forward | None,
+    ) -> Tensor:
         start, device = 0 if cache is None else cache.length, self._model.wte.weight.device
         ids_BT = torch.tensor(ids, device=device)
         documents_BS = positions_BT = None
@@ -147,6 +164,8 @@ class Logits:
             place_S = torch.arange(start + ids_BT.shape[1], device=device)
             documents_BS = (place_S >= pad_B1).to(torch.int32)
             positions_BT = (place_S[start:] - pad_B1).clamp(min=0)
+        if fast is not None and cache is not None:
+            return fast(ids_BT, cache, documents_BS, positions_BT)
         logits_B1V: Tensor = self._model(
             ids_BT,
             documents_BT=documents_BS,

@@ -18,6 +18,7 @@ from torch import Tensor
 from flashgpt.generation import rows as arranging
 from flashgpt.generation.cache import KVCache, LayerKV
 from flashgpt.generation.decode import decode, decode_rows
+from flashgpt.generation.forward import Forward
 from flashgpt.generation.rows import Logits, Row
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import SampleConfig
@@ -70,7 +71,12 @@ def test_that_comparison_sees_a_wrong_cache(
 
         monkeypatch.setattr(LayerKV, "extend", stale)
     elif fault == "no positions":
-        monkeypatch.setattr(torch, "arange", lambda a, b, device: torch.zeros(b - a).long())
+        call = Forward.__call__
+
+        def at_the_beginning(self: Forward, ids: Tensor, *rest: Any) -> Tensor:
+            return call(self, ids, *rest[:2], torch.zeros_like(ids))
+
+        monkeypatch.setattr(Forward, "__call__", at_the_beginning)
     else:
         monkeypatch.setattr(Logits, "_forward", _without_clearing(Logits._forward))
     assert list(decode(model, [1, 2, 3], GREEDY, vocab_size=257)) != good
@@ -79,12 +85,12 @@ def test_that_comparison_sees_a_wrong_cache(
 def _without_clearing(inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """After a slide, only the last half of the new window is computed anew."""
 
-    def logits(self: Logits, ids: list[list[int]], pads: Any, cache: Any) -> Tensor:
+    def logits(self: Logits, ids: list[list[int]], pads: Any, cache: Any, fast: Any) -> Tensor:
         if cache.length == 0 and len(ids[0]) == CONTEXT // 2 + 1:
             cache.k_LBNSH.zero_(), cache.v_LBNSH.zero_()
             cache.advance(2)
-            return inner(self, [row[2:] for row in ids], pads, cache)
-        return inner(self, ids, pads, cache)
+            return inner(self, [row[2:] for row in ids], pads, cache, fast)
+        return inner(self, ids, pads, cache, fast)
 
     return logits
 
@@ -216,19 +222,19 @@ def test_that_comparison_sees_a_row_that_is_off_by_one(
 ) -> None:
     expected = _alone(model, GREEDY)
     assert _together(model, GREEDY) == expected
-    forward = GPTModel.forward
+    call = Forward.__call__
 
-    def wrong(self: GPTModel, ids: Tensor, **options: Any) -> Tensor:
-        documents, positions = options["documents_BT"], options["positions_BT"]
+    def wrong(
+        self: Forward, ids: Tensor, cache: KVCache, documents: Any = None, positions: Any = None
+    ) -> Tensor:
         if documents is not None:
             if fault == "position":
-                options["positions_BT"] = (positions - 1).clamp(min=0)
+                positions = (positions - 1).clamp(min=0)
             elif fault == "mask":  # the last padding is seen
-                shorter = torch.cat([documents[:, 1:], documents[:, -1:]], 1)
-                options["documents_BT"] = shorter
+                documents = torch.cat([documents[:, 1:], documents[:, -1:]], 1)
             elif fault == "no mask":
-                options["documents_BT"] = None
-        return forward(self, ids, **options)
+                documents = None
+        return call(self, ids, cache, documents, positions)
 
     if fault == "order":
         after = Logits.after
@@ -245,7 +251,7 @@ def test_that_comparison_sees_a_row_that_is_off_by_one(
 
         monkeypatch.setattr(arranging, "gather", shifted)
     else:
-        monkeypatch.setattr(GPTModel, "forward", wrong)
+        monkeypatch.setattr(Forward, "__call__", wrong)
     assert _together(model, GREEDY) != expected
 
 

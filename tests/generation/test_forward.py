@@ -1,0 +1,80 @@
+"""The forward pass without its modules' calls: the model's own numbers, and whom it serves.
+
+pytest tests/generation/test_forward.py
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flashgpt.generation.cache import KVCache
+from flashgpt.generation.forward import Forward, packs, serves
+from flashgpt.model.gpt2 import GPTModel
+
+Make = Callable[..., GPTModel]
+
+
+def logits_of(model: GPTModel, ids: Tensor, chunks: list[int], packed: bool) -> Tensor:
+    """Logits after ids that come in chunks."""
+    weight = model.wte.weight
+    cache = KVCache(model.cfg, len(ids), weight.device, weight.dtype)
+    with torch.inference_mode():
+        for part in ids.split(chunks, 1):
+            last = part.shape == (1, 1)
+            found = Forward(model, packed=packed and last)(part, cache)
+    return found
+
+
+@pytest.mark.parametrize("chunks", [[7], [6, 1], [3, 1, 3], [1] * 7], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "shape", [{}, {"activation": "gelu", "qkv_bias": True}, {"tie_weights": True}], ids=str
+)
+def test_logits_are_the_models(
+    make_model: Make, shape: dict[str, Any], packed: bool, chunks: list[int]
+) -> None:
+    """In float64 to what rounding can do there; packed weights are in fp32."""
+    model = make_model(**shape)
+    if packed and not packs(model):
+        pytest.skip("this PyTorch has no oneDNN")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # GPT-2 begins with equal ones
+                parameter.normal_(mean=float(len(parameter) == 16), std=0.5)
+    ids = torch.randint(257, (1 if packed else 3, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(ids)[:, -1]
+    limit = 2e-5 if packed else 1e-12
+    found = logits_of(model if packed else model.double(), ids, chunks, packed)
+    assert (found - exact).abs().max() <= limit * exact.abs().max()
+    assert exact.std() > 0.5
+
+
+def test_models_that_compute_something_else_are_refused(make_model: Make) -> None:
+    assert serves(make_model())
+    hooked, replaced, own_forward, mixed, pinned, off = (make_model() for _ in range(6))
+    hooked.h[0].mlp.register_forward_hook(lambda *_: None)
+    replaced.h[1].ln_1 = nn.Identity()
+    own_forward.lm_head.forward = lambda x: x  # type: ignore[method-assign]
+    mixed.ln_f.double()
+    pinned.set_attention(kernel="blocked")
+    off.set_attention(use_flash=False)
+    for model in (hooked, replaced, own_forward, mixed, pinned, off):
+        assert not serves(model)
+
+
+def test_copies_leave_the_model_alone(make_model: Make) -> None:
+    model = make_model()
+    if not packs(model):
+        pytest.skip("this PyTorch has no oneDNN")
+    before = copy.deepcopy(model.state_dict())
+    strides = [p.stride() for p in model.parameters()]
+    Forward(model, packed=True)
+    assert [p.stride() for p in model.parameters()] == strides
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
