@@ -97,17 +97,21 @@ def _step(
     uniform_BL: Tensor,
     vocab_size: int,
 ) -> Callable[[], None]:
-    from flashgpt.generation import triton_step
+    from flashgpt.generation import triton_sample, triton_step
 
     room = cache.k_LBNSH.shape[3]
 
     def step() -> None:
         logits_BV, best_BP2 = device_step.step(model, cache, state, vocab_size)
-        if config.temperature != 0 or best_BP2 is None:
+        if config.temperature == 0 and best_BP2 is not None:
+            triton_step.advance(state, best_BP2, room - 1)
+            return
+        if best_BP2 is not None and triton_sample.serves(config):
+            triton_sample.draw(logits_BV, best_BP2, state, uniform_BL, config)
+        else:
             uniform_B = uniform_BL.gather(1, state.drawn_B.long()[:, None])[:, 0]
             state.id_B.copy_(sample(logits_BV, config, uniform_B))
-            best_BP2 = None
-        triton_step.advance(state, best_BP2, room - 1)
+        triton_step.advance(state, None, room - 1)
 
     return step
 

@@ -90,4 +90,4 @@ def _of_many(x_BD: Tensor, model: GPTModel, cache: KVCache, state: State) -> Ten
         return out_BD
 
     layers = Forward(model)
-    return layers.logits(layers.hidden(x_BD.to(model.wte.weight.dtype), attention))
+    return layers.logits_apart(layers.hidden(x_BD.to(model.wte.weight.dtype), attention))

@@ -51,10 +51,10 @@ class Product:
     """x weight^T + bias, x [..., I] to [..., O]."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        self._weight_OI, self._bias_O = layer.weight, layer.bias
+        self.weight_OI, self._bias_O = layer.weight, layer.bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight_OI, self._bias_O)
+        return F.linear(x, self.weight_OI, self._bias_O)
 
 
 class PackedProduct(Product):
@@ -170,3 +170,10 @@ class Forward:
     def logits(self, x_MD: Tensor) -> Tensor:
         """logits_MV of what `hidden` gave."""
         return self._lm_head(self._ln_f(x_MD))
+
+    def logits_apart(self, x_MD: Tensor) -> Tensor:
+        """The same, whose rows begin at multiples of 64: an odd V has slow products on a GPU."""
+        weight_VD = self._lm_head.weight_OI
+        rows_MC = x_MD.new_empty(len(x_MD), -(-len(weight_VD) // 64) * 64)
+        logits_MV = rows_MC[:, : len(weight_VD)]
+        return torch.mm(self._ln_f(x_MD), weight_VD.t(), out=logits_MV)

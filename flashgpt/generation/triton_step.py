@@ -28,9 +28,10 @@ from flashgpt.attention.triton_launch import INTERPRETED, launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NONE = tl.constexpr(-float("inf"))
-MOST_TEXTS = 8  # with more, each is a pass over a tile that stays in registers, and these run out
+MOST_TEXTS = 4  # with more, each is a pass over a tile that stays in registers, and these run out
 TILE = 16384  # weights of a program
 KEYS = 256  # positions of a part, in attention
+KEYS_WHOLE = 64  # of a step, where a program goes over all parts
 WARPS = 8
 GELUS = {None: 0, "gelu_new": 1, "gelu": 2}
 
@@ -385,7 +386,7 @@ def _attend_in(
     outs: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> None:
     texts, heads, room, head_dim = k_BNSH.shape
-    tile = min(KEYS, triton.next_power_of_2(room))
+    tile = min(KEYS if parts > 1 else KEYS_WHOLE, triton.next_power_of_2(room))
     scale = head_dim**-0.5
     places = (state.place_B, state.pad_B)
     arguments = (qkv_BD, k_BNSH, v_BNSH, *places, *outs, scale, heads, room)

@@ -101,6 +101,7 @@ def test_logits_and_cache_err_no_more_than_the_models_own(
     if DEVICE == "cpu" and dtype == torch.float16 and held not in (15, 21, 33):
         pytest.skip("in the interpreter fp32 will do")
     monkeypatch.setattr(triton_step, "KEYS", 16)
+    monkeypatch.setattr(triton_step, "KEYS_WHOLE", 8)
     monkeypatch.setattr(triton_step, "TILE", 512)  # many programs
     room, texts = 48, len(pads)
     model = make_model(context_length=room, **shape).to(DEVICE, dtype).eval()
