@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashgpt import usercache
+from flashgpt.launch import Launch
 
 VERBS = {
     "demo": "from text to a trained GPT that writes, in about two minutes",
@@ -28,6 +29,7 @@ VERBS = {
     "info": "versions, devices, and which attention kernels can run here",
 }
 COMPILE = ("demo", "train", "verify")
+PARALLEL = ("train",)  # may run in several processes
 OLDEST_TORCH = (2, 9)
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
@@ -68,6 +70,8 @@ def _run(argv: list[str]) -> int:
     verb, *rest = argv
     if verb not in VERBS:
         raise UsageError(_unknown_verb(verb))
+    if verb not in PARALLEL and Launch.here().size > 1:
+        raise UsageError(f"{verb} is for one process; leave torchrun out")
     _prepare_torch()
     if verb in COMPILE:
         _keep_compiled_code()
@@ -121,7 +125,10 @@ def _report(error: Exception, status: int, debug: bool) -> int:
     if isinstance(error, OSError) and error.strerror:  # without "[Errno 28]"
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = " ".join(text.split()) or type(error).__name__
-    print(f"flashgpt: {text}", file=sys.stderr)
+    launch = Launch.here()
+    who = f"flashgpt[{launch.rank}]" if launch.size > 1 else "flashgpt"
+    if launch.rank == 0 or status != WRONG_USAGE:  # which all processes see alike
+        print(f"{who}: {text}", file=sys.stderr)
     return status
 
 

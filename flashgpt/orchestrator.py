@@ -20,10 +20,11 @@ from flashgpt.fields import check_keys, documented_fields
 from flashgpt.generation.decode import check_prompt
 from flashgpt.generation.text import TextGenerator
 from flashgpt.model.gpt2 import GPTModel
-from flashgpt.runconfig import RunConfig, TrainConfig
+from flashgpt.runconfig import RunConfig, SampleConfig, TrainConfig
 from flashgpt.tokenizer import Tokenizer
 from flashgpt.train import checkpoint, initial
 from flashgpt.train.loop import Listener, Result
+from flashgpt.train.parallel import ALONE, Parallel
 from flashgpt.train.record import add_sample
 from flashgpt.train.trainer import Trainer
 
@@ -75,11 +76,13 @@ def build(cfg: Mapping[str, Any]) -> System:
     return assemble(model_cfg, tokenizer, TrainConfig(**settings))
 
 
-def assemble(cfg: GPTConfig, tokenizer: Tokenizer, train: TrainConfig) -> System:
+def assemble(
+    cfg: GPTConfig, tokenizer: Tokenizer, train: TrainConfig, parallel: Parallel = ALONE
+) -> System:
     """Builds a system around a tokenizer that is there already."""
     torch.manual_seed(train.seed)
     model = GPTModel(cfg)
-    trainer = Trainer(model, tokenizer, train)
+    trainer = Trainer(model, tokenizer, train, parallel)
     return System(tokenizer, model, trainer, TextGenerator(model, tokenizer))
 
 
@@ -90,32 +93,51 @@ def train(
     *,
     resume: bool = False,
     listener: Listener | None = None,
+    parallel: Parallel = ALONE,
 ) -> tuple[System, Result]:
     """Trains on prepared data; then draws a sample into the run's samples.txt.
 
-    Every key of the model is written into the run's config.
+    Every key of the model is written into the run's config. Several processes each call it; the
+    first one writes.
 
     Raises:
         ValueError, OSError, TrainingError: as `Trainer.fit` says.
     """
     listener = listener or Listener()
     # A run that goes on has its weights, and the shape is written in its config.
-    source = None if resume and checkpoint.steps(out) else run.model.init_from
-    cfg = run.model.resolve(data.tokenizer.vocab_size, initial.shape(source) if source else None)
-    check_prompt(data.tokenizer.encode(run.sample.prompt), cfg)  # not after hours of training
-    system = assemble(cfg, data.tokenizer, run.train)
+    goes_on = parallel.lead(lambda: resume and bool(checkpoint.steps(out)))
+    source = None if goes_on else run.model.init_from
+    cfg = parallel.lead(
+        lambda: run.model.resolve(
+            data.tokenizer.vocab_size, initial.shape(source) if source else None
+        )
+    )
+    # Not after hours of training.
+    parallel.lead(lambda: check_prompt(data.tokenizer.encode(run.sample.prompt), cfg))
+    system = assemble(cfg, data.tokenizer, run.train, parallel)
     if source:
-        listener.note(initial.load_into(system.model, source))
+        listener.note(initial.load_into(system.model, source, parallel))
     run = dataclasses.replace(run, model=run.model.pinned(cfg))
     result = system.trainer.fit(data, out, run, resume=resume, listener=listener)
     if result.evaluation is not None:
-        text = run.sample.prompt
-        listener.sample(text)
-        for piece in system.generator.stream(text, run.sample):
-            listener.sample(piece)
-            text += piece
-        add_sample(out, result.step, text)
+        parallel.lead(lambda: _sample(system, result, out, run.sample, listener))
     return system, result
+
+
+def _sample(
+    system: System, result: Result, out: Path, how: SampleConfig, listener: Listener
+) -> None:
+    """Draws a text from the model; from its checkpoint, if no process has all of it."""
+    generator, parts = system.generator, system.trainer.parts
+    if parts.parallel.sharded:
+        model, _ = checkpoint.load(result.checkpoint)
+        generator = TextGenerator(model.to(parts.device), system.tokenizer)
+    text = how.prompt
+    listener.sample(text)
+    for piece in generator.stream(text, how):
+        listener.sample(piece)
+        text += piece
+    add_sample(out, result.step, text)
 
 
 def verification() -> list[str]:

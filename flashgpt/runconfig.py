@@ -141,7 +141,8 @@ class TrainConfig:
         4096
     )
     micro_batch: Annotated[
-        int | None, Doc("sequences in one forward pass; the whole step's when left out")
+        int | None,
+        Doc("sequences in one forward pass of one process; its whole share when left out"),
     ] = None
     lr: Annotated[float, Doc("peak learning rate")] = 1e-3
     schedule: Annotated[
@@ -185,6 +186,10 @@ class TrainConfig:
         Doc("so many standard deviations above the last 128 steps is bad; 0: finiteness only"),
     ] = 8.0
     seed: Annotated[int, Doc("seed of weights, data order and dropout")] = 1337
+    parallel: Annotated[
+        Literal["ddp", "fsdp"],
+        Doc("with torchrun: ddp = each process has all weights; fsdp = a part of each (FSDP2)"),
+    ] = "ddp"
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
         Doc("auto: bf16 autocast on CUDA, fp32 on the CPU; fp16 scales the loss"),
@@ -267,6 +272,31 @@ class TrainConfig:
             )
         return rows
 
+    def rows_at_once(self, context_length: int, processes: int = 1) -> int:
+        """Sequences in one forward pass of one of `processes`, which share a step evenly.
+
+        `micro_batch` may be more than its share.
+
+        Raises:
+            ValueError: as `rows`; the share is no whole number of sequences, or `micro_batch` does
+                not divide it.
+        """
+        rows = self.rows(context_length)
+        share, rest = divmod(rows, processes)
+        if rest:
+            raise ValueError(
+                f"train.tokens_per_step must be a multiple of {processes * context_length} for "
+                f"{processes} processes (model.context_length {context_length} each), got "
+                f"{self.tokens_per_step}"
+            )
+        at_once = min(self.micro_batch or share, share)
+        if share % at_once:
+            raise ValueError(
+                f"train.micro_batch must divide the {share} sequences that each of {processes} "
+                f"processes has of a step, got {self.micro_batch}"
+            )
+        return at_once
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
@@ -315,8 +345,11 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
 
-    def check(self) -> None:
+    def check(self, processes: int = 1) -> None:
         """Refuses values that contradict each other, so that no work is done for nothing.
+
+        Args:
+            processes: how many train together.
 
         Raises:
             ValueError: they make no model, or a step that is no whole number of sequences.
@@ -325,4 +358,4 @@ class RunConfig:
             return  # the shape stands there, and is looked at when the weights are
         wanted = self.model.vocab_size
         cfg = self.model.resolve(GPT2_VOCAB_SIZE if wanted is None else wanted)
-        self.train.rows(cfg.context_length)
+        self.train.rows_at_once(cfg.context_length, processes)

@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -311,19 +310,26 @@ def load_into(checkpoint: Checkpoint, parts: Parts) -> None:
         ValueError: another model's checkpoint; the key that differs is named. The switch and the
             dropout rate may differ.
     """
-    there = huggingface.read_config(checkpoint.path).to_dict()
-    for key, value in parts.model.cfg.to_dict().items():
+    parallel, trainer = parts.parallel, checkpoint.path / "trainer"
+    weights = parallel.read(lambda: _weights(checkpoint.path, parts.model.cfg))
+    for name, parameter in parts.model.named_parameters():
+        parallel.copy_(parameter.detach(), weights[name])
+    moments = parallel.read(lambda: load_file(trainer / "optimizer.safetensors"))
+    parts.optimizer.load_state_tensors(moments, parallel.copy_)
+    guard = trainer / "guard.safetensors"  # not in format 1
+    parts.guard.load_state_tensors(
+        parallel.lead(lambda: load_file(guard) if guard.exists() else {})
+    )
+
+
+def _weights(folder: Path, cfg: GPTConfig) -> dict[str, Tensor]:
+    """The weights of a checkpoint of the model `cfg`, by our names; raises as `load_into`."""
+    there = huggingface.read_config(folder).to_dict()
+    for key, value in cfg.to_dict().items():
         if key not in MAY_DIFFER and there[key] != value:
-            raise ValueError(
-                f"model.{key} must be {there[key]} as in {checkpoint.path}, got {value}"
-            )
-    path = checkpoint.path / "model.safetensors"
-    with torch.no_grad():
-        huggingface.load_weights(parts.model, load_file(path), str(path))
-    trainer = checkpoint.path / "trainer"
-    parts.optimizer.load_state_tensors(load_file(trainer / "optimizer.safetensors"))
-    if (trainer / "guard.safetensors").exists():  # not in format 1
-        parts.guard.load_state_tensors(load_file(trainer / "guard.safetensors"))
+            raise ValueError(f"model.{key} must be {there[key]} as in {folder}, got {value}")
+    path = folder / "model.safetensors"
+    return huggingface.own_tensors(cfg, load_file(path), str(path))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
-from flashgpt.data.batches import eval_windows, strided_windows
+from flashgpt.data.batches import Batch, eval_windows, strided_windows
 from flashgpt.data.shards import TokenSplit
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.model.loss import IGNORE
+from flashgpt.train.parallel import ALONE, Parallel
 from flashgpt.train.runtime import casting
 
 EVAL_ROWS = 8
@@ -50,6 +52,7 @@ def evaluate(
     stride: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
     autocast: torch.dtype | None = None,
+    parallel: Parallel = ALONE,
 ) -> Evaluation:
     """Predicts a split in windows of the context length, each token at most once.
 
@@ -60,8 +63,9 @@ def evaluate(
         max_tokens: about how many tokens, spread evenly; all when left out, and with a stride.
         stride: tokens by which the windows advance; one after the other when left out. A token
             then has context_length - stride others before it at least, as far as there are any.
-        progress: hears the tokens done so far.
+        progress: hears the tokens done so far, in this process.
         autocast: dtype of the products, fp32 when left out.
+        parallel: the processes that share the windows; all get the same result.
 
     Raises:
         ValueError: nothing to predict, a stride not in 1 .. context_length, or both limits.
@@ -78,16 +82,31 @@ def evaluate(
     nats, tokens, n_bytes = 0.0, 0, 0
     try:
         with torch.no_grad(), casting(device, autocast):
-            for ids, targets in windows:
+            for (ids, targets), is_own in _shared(windows, parallel):
                 on_device = [torch.from_numpy(x).to(device) for x in (ids, targets)]
                 counted = targets[targets != IGNORE]
-                nats += model(*on_device).item() * counted.size
+                loss = model(*on_device).item()
+                if not is_own:
+                    continue
+                nats += loss * counted.size
                 tokens += counted.size
                 n_bytes += int(byte_lengths[counted].sum())
                 progress(tokens)
     finally:
+        parallel.reshard(model)
         model.train(was_training)
-    return _evaluation(nats, tokens, n_bytes)
+    return _evaluation(*parallel.totals(nats, tokens, n_bytes))
+
+
+def _shared(windows: Iterable[Batch], parallel: Parallel) -> Iterator[tuple[Batch, bool]]:
+    """The batches of this process, every `size`-th, each marked as its own.
+
+    All have as many, for a sharded model runs in all at once: at the end some repeat another's.
+    """
+    windows = iter(windows)
+    while group := list(itertools.islice(windows, parallel.size)):
+        is_own = parallel.rank < len(group)
+        yield group[parallel.rank if is_own else 0], is_own
 
 
 def together(found: Sequence[Evaluation]) -> Evaluation:

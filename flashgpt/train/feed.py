@@ -42,13 +42,23 @@ class Feed:
 
     Args:
         batches: the tokens of each step.
-        rows: sequences in one step.
-        micro: sequences in one micro-batch, a divisor of `rows`.
+        rows: sequences in one step, of all processes.
+        micro: sequences in one micro-batch.
         device: where micro-batches go.
+        own: the rows that this process does, a multiple of `micro`; all when left out.
     """
 
-    def __init__(self, batches: Batches, rows: int, micro: int, device: torch.device) -> None:
-        self._batches, self._rows, self._micro, self._device = batches, rows, micro, device
+    def __init__(
+        self,
+        batches: Batches,
+        rows: int,
+        micro: int,
+        device: torch.device,
+        own: range | None = None,
+    ) -> None:
+        self._batches, self._micro, self._device = batches, micro, device
+        self._all = range(rows)
+        self._own = self._all if own is None else own
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "flashgpt-feed")
         self._ahead: collections.deque[tuple[int, concurrent.futures.Future[list[MicroBatch]]]] = (
             collections.deque()
@@ -61,7 +71,7 @@ class Feed:
         self._thread.shutdown(cancel_futures=True)
 
     def take(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of a step, on the device.
+        """The micro-batches of a step that this process does, on the device.
 
         Waits until they are read. Memory on its way to a GPU is not waited for.
         """
@@ -73,23 +83,30 @@ class Feed:
         _, future = self._ahead.popleft()
         while len(self._ahead) < AHEAD:
             self._order(self._ahead[-1][0] + 1 if self._ahead else step + 1)
+        return self._on_device(future.result())
+
+    def whole(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of a step that all processes do together, on this one's device."""
+        return self._on_device(self._read(step, self._all))
+
+    def _on_device(self, micros: list[MicroBatch]) -> list[MicroBatch]:
         return [
             dataclasses.replace(
                 micro,
                 ids_BT=micro.ids_BT.to(self._device, non_blocking=True),
                 targets_BT=micro.targets_BT.to(self._device, non_blocking=True),
             )
-            for micro in future.result()
+            for micro in micros
         ]
 
     def _order(self, step: int) -> None:
-        self._ahead.append((step, self._thread.submit(self._read, step)))
+        self._ahead.append((step, self._thread.submit(self._read, step, self._own)))
 
-    def _read(self, step: int) -> list[MicroBatch]:
-        ids, targets = self._batches.batch(step)
+    def _read(self, step: int, rows: range) -> list[MicroBatch]:
+        ids, targets = self._batches.batch(step)  # all of it, for what counts in all of it
         total = np.count_nonzero(targets != IGNORE)
         found = []
-        for row in range(0, self._rows, self._micro):
+        for row in rows[:: self._micro]:
             part = slice(row, row + self._micro)
             counted = np.count_nonzero(targets[part] != IGNORE)  # one at least in every row
             on_host = (self._on_host(ids[part]), self._on_host(targets[part]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from flashgpt.config import GPTConfig
 from flashgpt.interop.huggingface import read_config
@@ -13,6 +13,7 @@ from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import DataConfig, RunConfig
 from flashgpt.tokenizer import Tokenizer
 from flashgpt.train import checkpoint
+from flashgpt.train.parallel import ALONE, Parallel
 
 
 def pinned(run: RunConfig, out: Path) -> RunConfig:
@@ -54,17 +55,21 @@ def shape(init_from: str) -> GPTConfig:
     return read_config(checkpoint.model_folder(Path(init_from)))
 
 
-def load_into(model: GPTModel, init_from: str) -> str:
+def load_into(model: GPTModel, init_from: str, parallel: Parallel = ALONE) -> str:
     """Copies the weights, the first positions of them where `model` has fewer; says what was done.
 
     Raises:
         ValueError: as `checkpoint.load`.
     """
-    source, _ = checkpoint.load(init_from)
-    here, there = model.cfg.context_length, source.cfg.context_length
-    state = source.state_dict()
-    state["wpe.weight"] = state["wpe.weight"][:here]
-    with torch.no_grad():
-        model.load_state_dict(state)
+    weights = parallel.read(lambda: _weights(init_from))
+    for name, parameter in model.named_parameters():
+        # A longer one has more positions; all else has the same shape.
+        parallel.copy_(parameter.detach(), weights[name][: len(parameter)])
+    here, there = model.cfg.context_length, len(weights["wpe.weight"])
     cropped = f", the first {here} of its {there} positions" if here < there else ""
     return f"starts from the weights of {init_from}{cropped}"
+
+
+def _weights(init_from: str) -> dict[str, Tensor]:
+    model, _ = checkpoint.load(init_from)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from flashgpt.train.diagnose import diagnose
 from flashgpt.train.evaluate import Evaluation, evaluate
 from flashgpt.train.feed import Feed
 from flashgpt.train.guard import LIMIT_IN_A_ROW, Verdict
-from flashgpt.train.parts import Parts
+from flashgpt.train.parts import Parts, in_one_process
 from flashgpt.train.record import Record
 from flashgpt.train.saver import HostCopies, Saver
 from flashgpt.train.step import Done, Stepper, dropout_seed
@@ -86,11 +86,13 @@ class Run:
     def __post_init__(self) -> None:
         self.train = self.parts.config
         self.last = self.train.stop_at or self.train.steps
-        self.copies = HostCopies()
+        self.copies = HostCopies(self.parts.parallel.whole)
         self.saved: Path | None = None
+        self.interrupted: int | None = None
         model, device = self.parts.model, self.parts.device
         self.flop = flop_per_token(model)
-        self.peak = peak_flop_per_second(device, self.parts.autocast)
+        peak = peak_flop_per_second(device, self.parts.autocast)
+        self.peak = None if peak is None else peak * self.parts.parallel.size
 
     def go(self, start: checkpoint.Checkpoint | None) -> Result:
         """Trains to the last step; `start` is the checkpoint that the run goes on from."""
@@ -120,13 +122,18 @@ class Run:
         assert self.saved is not None
         if step >= self.last:  # a signal during the last step interrupted nothing
             return Result(step, evaluation, self.saved, None)
-        return Result(step, None, self.saved, self.signals.received)
+        return Result(step, None, self.saved, self.interrupted)
 
     def _catch_up(self, start: checkpoint.Checkpoint) -> Evaluation | None:
         """Does what a kill between the saving of a step and its log line left undone."""
         entry, logged = start.state.get("entry"), self.record.metrics
-        if entry is None or (logged and logged[-1]["step"] == start.step):
+
+        def is_done() -> bool:
+            return entry is None or bool(logged and logged[-1]["step"] == start.step)
+
+        if self.parts.parallel.lead(is_done):
             return None
+        assert entry is not None, "the first process has its log line"
         return self._look(start.step, dict(entry))
 
     def _pause(self, step: int) -> bool:
@@ -137,7 +144,9 @@ class Run:
         )
 
     def _stop(self) -> bool:
-        return self.signals.received is not None
+        # A signal to one process ends all of them after the same step.
+        self.interrupted = self.parts.parallel.largest(self.signals.received or 0) or None
+        return self.interrupted is not None
 
     def _look(self, step: int, entry: dict[str, Any]) -> Evaluation | None:
         """Saves, evaluates and logs after so many steps, each where it is due."""
@@ -167,7 +176,7 @@ class Run:
 
     def _judge(self, saved: Path, step: int, loss: float) -> None:
         """Tells the record how good the checkpoint of this step is, if there is one."""
-        if saved.name != checkpoint.name_of(step):
+        if saved.name != checkpoint.name_of(step) or not self.parts.parallel.is_first:
             return
 
         def judge() -> None:
@@ -218,18 +227,23 @@ class Run:
         self._save(done.step + 1, entry)
         self.saver.wait()
         self.record.plot()
+        self.parts.parallel.lead(lambda: self._give_up(done, entry))
+
+    def _give_up(self, done: Done, entry: dict[str, Any]) -> NoReturn:
         raise TrainingError(
-            f"step {done.step + 1}: {entry['skipped']}, the {guard.in_a_row}rd bad step in a row; "
-            f"the weights are those before them, in {self.saved}. Look: flashgpt train --replay "
-            f"{self.record.folder / incident.FOLDER / incident.name_of(done.step)} "
+            f"step {done.step + 1}: {entry['skipped']}, the {self.parts.guard.in_a_row}rd bad step "
+            f"in a row; the weights are those before them, in {self.saved}. Look: flashgpt train "
+            f"--replay {self.record.folder / incident.FOLDER / incident.name_of(done.step)} "
             "--model.use-flash False; go on with --resume and a lower --train.lr, with "
             "--train.guard rollback, or, if this is no fault, with --train.guard-zscore 0"
         )
 
     def _keep(self, done: Done) -> str:
-        """Writes the incident's folder; returns what to say of it."""
-        parts = self.parts
-        micros = self.feed.take(done.step)
+        """Writes the incident's folder, in the first process; returns what to say of it."""
+        parts = in_one_process(self.parts)
+        if parts is None:
+            return ""
+        micros = self.feed.whole(done.step)
         seed = dropout_seed(self.train.seed, done.step)
         scale = parts.guard.loss_scale
         findings = diagnose(parts, micros, seed)
@@ -263,14 +277,7 @@ class Run:
         self.saver.wait()
         before = step - LIMIT_IN_A_ROW
         ranges = self.record.state["skipped"]
-        found = next(
-            (
-                good
-                for good in checkpoint.good(self.record.folder)
-                if isinstance(good, checkpoint.Checkpoint) and good.step <= before
-            ),
-            None,
-        )
+        found = self.parts.parallel.lead(lambda: self._newest(before))
         if found is None or len(ranges) >= MOST_ROLLBACKS:
             return False
         parts = self.parts
@@ -284,6 +291,13 @@ class Run:
         self._save(step, entry)
         return True
 
+    def _newest(self, most: int) -> checkpoint.Checkpoint | None:
+        """The newest good checkpoint of `most` steps."""
+        for found in checkpoint.good(self.record.folder):
+            if isinstance(found, checkpoint.Checkpoint) and found.step <= most:
+                return found
+        return None
+
     def _evaluate(self, max_tokens: int | None) -> Evaluation:
         return evaluate(
             self.parts.model,
@@ -291,12 +305,14 @@ class Run:
             self.parts.tokenizer.byte_lengths,
             max_tokens=max_tokens,
             autocast=self.parts.autocast,
+            parallel=self.parts.parallel,
         )
 
     def _save(self, step: int, entry: dict[str, Any] | None) -> None:
         """Copies the state, and writes it as the checkpoint of `step` while training goes on.
 
-        The step's log line, which follows when it has been evaluated, goes with it.
+        All processes bring what is sharded; the first one writes. The step's log line, which
+        follows when it has been evaluated, goes with it.
         """
         path = self.record.folder / checkpoint.FOLDER / checkpoint.name_of(step)
         if path == self.saved:
@@ -309,6 +325,10 @@ class Run:
             "optimizer": parts.optimizer.state_tensors(),
             "guard": parts.guard.state_tensors(),
         }
+        if not parts.parallel.is_first:
+            for tensor in (t for group in tensors.values() for t in group.values()):
+                parts.parallel.whole(tensor)
+            return
         copies, wait = self.copies.take(tensors)
         receipt = kernels.receipt()
         state = {
@@ -318,6 +338,7 @@ class Run:
             "receipt": receipt,
             "train": dataclasses.asdict(self.train),
             "compiled": self.compiled,
+            "parallel": str(parts.parallel),
             "skipped": list(record.state["skipped"]),
             "entry": None if entry is None else dict(entry),
         }

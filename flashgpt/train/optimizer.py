@@ -6,7 +6,7 @@ captured once finds them there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -102,11 +102,16 @@ class Optimizer:
             if parameter in part.state
         }
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_state_tensors(
+        self, tensors: dict[str, Tensor], copy_: Callable[[Tensor, Tensor], Any] = Tensor.copy_
+    ) -> None:
         """Restores what `state_tensors` gave, into memory of its own.
 
         What is there is overwritten in place; by zeros, with which a state begins, when nothing is
         given.
+
+        Args:
+            copy_: overwrites the first tensor, which may be sharded, by the second.
 
         Raises:
             ValueError: the tensors are not those of this model and optimizer.
@@ -123,10 +128,10 @@ class Optimizer:
                 continue
             # Memory-mapped tensors are 8-byte aligned and may take other code paths: copy them.
             own, tensor = part.state[parameter], tensors[f"{self.names[parameter]}.{moment}"]
-            if moment in own:
-                own[moment].copy_(tensor)
-            else:
-                own[moment] = tensor.to(parameter.device, copy=True)
+            if moment not in own:
+                like = parameter.detach() if tensor.shape == parameter.shape else tensor
+                own[moment] = torch.empty_like(like, dtype=tensor.dtype, device=parameter.device)
+            copy_(own[moment], tensor)
 
     def _moments(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter, str]]:
         """Every moment there is after a step: whose, of which parameter, its name."""

@@ -35,14 +35,16 @@ class Record:
 
     Args:
         folder: the run's folder; is made when missing.
+        writes: whether this process writes; else another one does, and the folder is left alone.
 
     Raises:
         OSError: the folder cannot be made or written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, writes: bool = True) -> None:
+        self.folder, self._writes = folder, writes
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
         self.metrics: list[dict[str, Any]] = []
         self.state: dict[str, Any] = {"last": None, "best": None, "best_val_loss": None}
         self.state["skipped"] = []  # ranges of steps that a rollback passed over
@@ -52,6 +54,8 @@ class Record:
 
         Line by line, so that a last line cut short by a kill is dropped as well.
         """
+        if not self._writes:
+            return
         self.write_config(config)
         kept = []
         if step and self._metrics_path.exists():
@@ -83,6 +87,8 @@ class Record:
 
     def log(self, entry: dict[str, Any]) -> None:
         """Appends one object to metrics.jsonl."""
+        if not self._writes:
+            return
         self.metrics.append(entry)
         with (
             _naming(self._metrics_path),
@@ -107,11 +113,10 @@ class Record:
         with _naming(path):
             checkpoint.write_json(path, self.state)
 
-    def plot(self) -> Path:
+    def plot(self) -> None:
         """Draws loss.png."""
-        path = self.folder / "loss.png"
-        draw_loss(self.metrics, path, self.folder.name)
-        return path
+        if self._writes:
+            draw_loss(self.metrics, self.folder / "loss.png", self.folder.name)
 
     @property
     def _metrics_path(self) -> Path:

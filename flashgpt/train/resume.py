@@ -10,6 +10,7 @@ from flashgpt.data.shards import TokenData
 from flashgpt.interop.huggingface import read_config
 from flashgpt.runconfig import TrainConfig
 from flashgpt.train import checkpoint, runtime
+from flashgpt.train.parallel import ALONE
 from flashgpt.train.parts import Parts
 
 # What a resumed run may not change: these make the batches, the masks and the optimizer's state.
@@ -17,7 +18,7 @@ FIXED = ("seed", "tokens_per_step", "optimizer")
 # What it may change without a word: it takes part in no step.
 FREE = (
     *("stop_at", "log_every", "eval_every", "eval_tokens", "final_eval_tokens"),
-    *("checkpoint_every", "keep_checkpoints"),
+    *("checkpoint_every", "keep_checkpoints", "parallel"),
 )
 
 
@@ -38,12 +39,38 @@ def go_on(
 ) -> checkpoint.Checkpoint | None:
     """Loads the newest good checkpoint, and notes what was passed over and what changes.
 
+    The first process chooses and reads; weights and moments are spread over all.
+
     Returns:
         the checkpoint; None when there is no good one: the run starts at step 0.
 
     Raises:
         ValueError: it is of another model or other text, or a setting of FIXED differs.
     """
+    parallel = parts.parallel
+    found, changes = parallel.lead(lambda: _newest(out, data, parts, note))
+    if found is not None:
+        checkpoint.load_into(found, parts)
+    if changes:
+        parts.guard.forget()  # what is usual may be something else from here on
+    parallel.lead(lambda: checkpoint.set_aside(out, found.step if found else 0))
+    if found is None:
+        note(f"no good checkpoint in {out}: starts at step 0")
+        return None
+    note(f"goes on from {found.path}")
+    # Older checkpoints are of one process and do not say so.
+    before, now = found.state.get("parallel", str(ALONE)), str(parallel)
+    if before != now:
+        note(f"steps are of {now} from here on, were of {before}: they round otherwise")
+    for change in changes:
+        note(change)
+    return found
+
+
+def _newest(
+    out: Path, data: TokenData, parts: Parts, note: Callable[[str], None]
+) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    """The newest good checkpoint, and what changes from it on; raises as `go_on`."""
     for found in checkpoint.good(out):
         if isinstance(found, checkpoint.DamagedError):
             note(f"passed over: {found}")
@@ -53,18 +80,8 @@ def go_on(
                 f"{found.path} was trained on other text or with another tokenizer than "
                 f"{data.folder}; restore the text, or start anew with another --out"
             )
-        changes = _changes(found, parts)
-        checkpoint.load_into(found, parts)
-        if changes:
-            parts.guard.forget()  # what is usual may be something else from here on
-        checkpoint.set_aside(out, found.step)
-        note(f"goes on from {found.path}")
-        for change in changes:
-            note(change)
-        return found
-    checkpoint.set_aside(out, 0)
-    note(f"no good checkpoint in {out}: starts at step 0")
-    return None
+        return found, _changes(found, parts)
+    return None, []
 
 
 def _changes(found: checkpoint.Checkpoint, parts: Parts) -> list[str]:

@@ -16,11 +16,12 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.utils.deterministic
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import config as compiler_config
 
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import TrainConfig
+from flashgpt.train.parallel import ALONE, Parallel, compile_module, uncompile, unsynchronised
 
 # On two CPU cores the compiler takes half a minute and wins 2 to 10 % of a step (1.9 M parameters,
 # torch 2.13): so much work, five hours there, repays it many times.
@@ -105,9 +106,13 @@ def repeating(on: bool) -> Iterator[None]:
 
 
 def compiled(
-    model: GPTModel, config: TrainConfig, note: Callable[[str], None]
+    model: GPTModel,
+    config: TrainConfig,
+    note: Callable[[str], None],
+    module: nn.Module | None = None,
+    parallel: Parallel = ALONE,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model's forward pass, compiled where that works and repays.
+    """The model's forward pass, compiled where that works, in all processes, and repays.
 
     A forward and a backward pass are rehearsed, so that all is compiled, or has failed, before the
     first step. To be called under what the steps run under (`repeating`): code is made for that.
@@ -115,27 +120,36 @@ def compiled(
     The decision depends on the config and on whether compiling works here, never on a measured
     time, so that a resumed run computes in the same way.
 
+    Args:
+        module: what wraps the model for several processes.
+
+    Returns:
+        the compiled forward pass; `module`, or without one the model, where it is not compiled.
+
     Raises:
         ValueError: `train.compile` is on, and compiling fails.
         MemoryError, torch.OutOfMemoryError: the rehearsal does not fit.
     """
+    module = module or model
     if not _wants_compiler(model, config):
-        return model
+        return module
     reason = _no_compiler(model.wte.weight.device)
     if reason is None:
         note("compiles the model: up to a minute, or seconds where it was compiled before")
         tag_kept_code()
         try:
-            # Static, so that the code does not depend on the shapes that this process saw before.
-            forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(model, dynamic=False)
-            _rehearse(forward, model, config)
-            return forward
+            forward = compile_module(module)
+            _rehearse(forward, model, module, config, parallel)
         except Exception as error:
             reason = _why(error)
+    if not parallel.largest(int(reason is not None)):
+        return forward
+    uncompile(module)
+    reason = reason or "it fails in another process"
     if config.compile == "on":
         raise ValueError(f"train.compile is 'on', but {reason}; use auto or off")
     note(f"runs without torch.compile: {reason}")
-    return model
+    return module
 
 
 def _wants_compiler(model: GPTModel, config: TrainConfig) -> bool:
@@ -157,11 +171,15 @@ def must_repeat(model: GPTModel, config: TrainConfig) -> bool:
 
 
 def _rehearse(
-    forward: Callable[[Tensor, Tensor], Tensor], model: GPTModel, config: TrainConfig
+    forward: Callable[[Tensor, Tensor], Tensor],
+    model: GPTModel,
+    module: nn.Module,
+    config: TrainConfig,
+    parallel: Parallel,
 ) -> None:
-    """Forward and backward on a micro-batch of zeros; gradients and random states stay."""
+    """Forward and backward on a micro-batch of zeros; random states stay, gradients are none."""
     device, length = model.wte.weight.device, model.cfg.context_length
-    shape = (config.micro_batch or config.rows(length), length)
+    shape = (config.rows_at_once(length, parallel.size), length)
     # Two tensors: code for one in both places would serve no step.
     ids_BT, targets_BT = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
     was_training = model.training
@@ -171,12 +189,18 @@ def _rehearse(
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             # Past its limit dynamo would run the ninth model of a process uncompiled.
-            torch._dynamo.config.patch(recompile_limit=MOST_MODELS),
+            torch._dynamo.config.patch(
+                recompile_limit=MOST_MODELS,
+                # What cuts a model where DDP sends gradients cannot cut one that recomputes blocks.
+                optimize_ddp=not config.activation_checkpointing,
+            ),
+            unsynchronised(module),
         ):
             with casting(device, autocast_dtype(config.precision, device)):
                 loss = forward(ids_BT, targets_BT)
-            torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+            loss.backward()
     finally:
+        model.zero_grad(set_to_none=True)
         model.set_dropout(None)
         model.train(was_training)
 

@@ -50,10 +50,14 @@ class HostCopies:
     """Copies of tensors in host memory; from a GPU without waiting for them.
 
     The memory is kept for the next copy of a tensor of the same name, so there is one at a time.
+
+    Args:
+        whole: makes a tensor whole of which this process has a part, one after another.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
         self._kept: dict[tuple[str, str], Tensor] = {}
+        self._whole = whole
 
     @staticmethod
     def reserve(tensors: Iterable[Tensor], times: int) -> None:
@@ -63,7 +67,7 @@ class HostCopies:
         """
         with contextlib.suppress(RuntimeError):  # what cannot be had now is asked for again later
             kept = [
-                torch.empty_like(tensor, device="cpu", pin_memory=True)
+                torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 for tensor in tensors
                 for _ in range(times if tensor.is_cuda else 0)
             ]
@@ -76,7 +80,10 @@ class HostCopies:
         may change as soon as this returns.
         """
         copies = {
-            part: {name: self._copy(part, name, tensor.detach()) for name, tensor in group.items()}
+            part: {
+                name: self._copy(part, name, self._whole(tensor.detach()))
+                for name, tensor in group.items()
+            }
             for part, group in parts.items()
         }
         if not any(tensor.is_cuda for group in parts.values() for tensor in group.values()):

@@ -12,6 +12,7 @@ order, so the same bits.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -21,13 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from flashgpt.attention.dropout import philox
 from flashgpt.train import graph, runtime
 from flashgpt.train.feed import Feed, MicroBatch
 from flashgpt.train.graph import Graphed
 from flashgpt.train.guard import Verdict
+from flashgpt.train.parallel import unsynchronised
 from flashgpt.train.parts import Parts
 from flashgpt.train.schedule import learning_rate
 
@@ -142,8 +144,10 @@ def pays_as_graph(parts: Parts) -> bool:
     A kernel's own masks come from PyTorch's generator, which a step sets anew by a number.
     """
     config = parts.config
-    tokens = (config.micro_batch or parts.rows) * parts.model.cfg.context_length
+    tokens = parts.rows_at_once * parts.model.cfg.context_length
     allowed = config.compile != "off" and config.dropout_masks == "shared"
+    # What goes between processes has not been captured yet.
+    allowed = allowed and parts.parallel.size == 1
     return allowed and graph.pays(parts.device, tokens, parts.model.n_parameters)
 
 
@@ -155,11 +159,11 @@ def update(
     Args: those of `backward`.
     """
     guard = parts.guard
-    loss = backward(parts, forward, micros, seed)
+    loss = parts.parallel.total(backward(parts, forward, micros, seed))
     grads = [p.grad for p in parts.model.parameters() if p.grad is not None]
     if guard.loss_scale is not None:
         torch._foreach_mul_(grads, 1 / guard.loss_scale)
-    norm = get_total_norm(grads)
+    norm = parts.parallel.norm(grads)
     clip_grads_with_norm_(parts.model.parameters(), parts.config.grad_clip or math.inf, norm)
     refused, report = guard.judge(loss, norm)
     parts.optimizer.step(refused)
@@ -196,21 +200,26 @@ def backward(
 ) -> Tensor:
     """The loss of one step, 0-d; its gradients, times the guard's loss scale, in the parameters.
 
+    Of the loss it is the part of this process's micro-batches, of the gradients the whole.
+
     Args:
         seed: of the step's dropout masks, 64 bits, signed; a number, or 0-d on the device.
     """
     model, scale = parts.model, parts.guard.loss_scale
     model.train()
     total = torch.zeros((), device=parts.device)
+    micros = list(micros)
     for micro in micros:
         model.set_dropout(seed, micro.first_row)
         if parts.config.dropout_masks == "kernel":
             # Masks depend on nothing before the step.
             torch.manual_seed(int(seed + micro.first_row))
-        with runtime.casting(parts.device, parts.autocast):
-            loss = forward(micro.ids_BT, micro.targets_BT)
-        loss = loss * micro.weight
-        (loss if scale is None else loss * scale).backward()
+        is_last = micro is micros[-1]
+        with contextlib.nullcontext() if is_last else unsynchronised(parts.module):
+            with runtime.casting(parts.device, parts.autocast):
+                loss = forward(micro.ids_BT, micro.targets_BT)
+            loss = loss * micro.weight
+            (loss if scale is None else loss * scale).backward()
         total += loss.detach()
     return total
 

@@ -6,6 +6,7 @@ in step.py, what happens around the steps in loop.py, where a run starts in resu
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from flashgpt.tokenizer import Tokenizer
 from flashgpt.train import checkpoint, runtime
 from flashgpt.train.feed import Feed
 from flashgpt.train.loop import COPIES, Listener, Result, Run
+from flashgpt.train.parallel import ALONE, Parallel
 from flashgpt.train.parts import build
 from flashgpt.train.record import Record
 from flashgpt.train.resume import check_start, go_on
@@ -33,14 +35,20 @@ class Trainer:
         model: is trained in place; moved to the device that `config` names.
         tokenizer: goes into every checkpoint.
         config: the `[train]` section.
+        parallel: the processes that train together, each with a trainer of its own.
 
     Raises:
-        ValueError: a device or precision that this machine does not have, or a step that is no
-            whole number of sequences.
+        ValueError: as `parts.build`.
     """
 
-    def __init__(self, model: GPTModel, tokenizer: Tokenizer, config: TrainConfig) -> None:
-        self.parts = build(model, tokenizer, config)
+    def __init__(
+        self,
+        model: GPTModel,
+        tokenizer: Tokenizer,
+        config: TrainConfig,
+        parallel: Parallel = ALONE,
+    ) -> None:
+        self.parts = build(model, tokenizer, config, parallel)
 
     def fit(
         self,
@@ -69,19 +77,28 @@ class Trainer:
             OSError: a checkpoint cannot be written.
         """
         listener = listener or Listener()
-        check_start(self.parts.config, out, resume)
+        lead = self.parts.parallel.lead
+        lead(lambda: check_start(self.parts.config, out, resume))
         batches = self._batches(data)
+        with contextlib.ExitStack() as held:
+            held.callback(self.parts.model.set_dropout, None)
+            lead(lambda: self._take(out, resume, held))
+            return self._fit(data, batches, out, run, resume, listener)
+
+    def _take(self, out: Path, resume: bool, held: contextlib.ExitStack) -> None:
+        """Makes the run's folder this run's own while `held` lasts."""
         out.mkdir(parents=True, exist_ok=True)
         try:
-            with alone(out):
-                check_start(self.parts.config, out, resume)  # another process may just have ended
-                return self._fit(data, batches, out, run, resume, listener)
+            held.enter_context(alone(out))
         except BusyError as error:
             raise ValueError(
                 f"{out} is being trained by another process; wait for it, or choose another --out"
             ) from error
-        finally:
-            self.parts.model.set_dropout(None)
+        check_start(self.parts.config, out, resume)  # another process may just have ended
+        # Now, not at the first checkpoint.
+        n_bytes = sum(parameter.nbytes for parameter in self.parts.model.parameters())
+        checkpoint.check_space(out, COPIES * n_bytes)
+        checkpoint.remove_temporaries(out)
 
     def _fit(
         self,
@@ -92,13 +109,10 @@ class Trainer:
         again: bool,
         listener: Listener,
     ) -> Result:
-        model, config = self.parts.model, self.parts.config
-        # Now, not at the first checkpoint.
-        checkpoint.check_space(out, COPIES * sum(p.nbytes for p in model.parameters()))
-        checkpoint.remove_temporaries(out)
+        model, config, parallel = self.parts.model, self.parts.config, self.parts.parallel
         self.parts.guard.reset()  # a second run of the same trainer starts anew
         found = go_on(out, data, self.parts, listener.note) if again else None
-        record = Record(out)
+        record = Record(out, writes=parallel.is_first)
         record.start(run, found.step if found else 0)
         record.state["skipped"] = found.state.get("skipped", []) if found else []
         kernels.clear_receipt()  # the run's record is of this run
@@ -108,11 +122,12 @@ class Trainer:
             self._feed(batches) as feed,
             Saver() as saver,
         ):
-            saver.submit(lambda: HostCopies.reserve(model.parameters(), COPIES))
+            if parallel.is_first:
+                saver.submit(lambda: HostCopies.reserve(model.parameters(), COPIES))
             forward = self._forward(found, listener)
             stepper = Stepper(self.parts, forward, pays_as_graph(self.parts), listener.note)
             stepper.next = found.step if found else 0
-            compiled = forward is not model
+            compiled = forward is not self.parts.module
             this = Run(
                 *(self.parts, data, batches, run, record, feed, stepper),
                 *(compiled, saver, signals, listener),
@@ -121,11 +136,11 @@ class Trainer:
 
     def _forward(self, found: checkpoint.Checkpoint | None, listener: Listener) -> Forward:
         """The forward pass of the steps; notes if that of the steps before was another."""
-        model, config = self.parts.model, self.parts.config
+        parts, config = self.parts, self.parts.config
         if found and found.step >= (config.stop_at or config.steps):
-            return model  # no step is left to do
-        forward = runtime.compiled(model, config, listener.note)
-        now = forward is not model
+            return parts.module  # no step is left to do
+        forward = runtime.compiled(parts.model, config, listener.note, parts.module, parts.parallel)
+        now = forward is not parts.module
         if found and found.state.get("compiled", now) != now:  # older checkpoints do not say
             ways = ("eager", "compiled")
             listener.note(
@@ -144,7 +159,7 @@ class Trainer:
             return bool(times) and sum(times) >= seconds
 
         parts = self.parts
-        stepper = Stepper(parts, parts.model)
+        stepper = Stepper(parts, parts.module)
         with self._feed(self._batches(data)) as feed:
             for done in stepper.completed(feed, parts.config.steps, lambda _: True, enough):
                 times.append(done.seconds)
@@ -157,5 +172,5 @@ class Trainer:
         return Batches(data.train, context, self.parts.rows, config.seed)
 
     def _feed(self, batches: Batches) -> Feed:
-        micro = self.parts.config.micro_batch or self.parts.rows
-        return Feed(batches, self.parts.rows, micro, self.parts.device)
+        parts = self.parts
+        return Feed(batches, parts.rows, parts.rows_at_once, parts.device, parts.own_rows)

@@ -19,12 +19,18 @@ PIPE_COLUMNS = 120
 PLAIN_SECONDS = 5.0  # a pipe gets a line this often, and the last one
 
 
-def console(stderr: bool = False) -> Console:
-    """Standard output, or standard error, as rich draws on it."""
+def console(stderr: bool = False, quiet: bool = False) -> Console:
+    """Standard output, or standard error, as rich draws on it; or nothing."""
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else PIPE_COLUMNS
     # Names of files are no markup, and a command to copy stays in one line.
     return Console(
-        highlight=False, markup=False, emoji=False, soft_wrap=True, width=width, stderr=stderr
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=True,
+        width=width,
+        stderr=stderr,
+        quiet=quiet,
     )
 
 

@@ -10,6 +10,7 @@ examples:
   flashgpt train --model.init-from runs/mine --data.source more.txt --out runs/tuned
   flashgpt train --model.use-flash False --print-config
   flashgpt train --replay runs/mine/incidents/step_00000124 --model.use-flash False
+  torchrun --nproc-per-node 2 -m flashgpt train runs/mine/config.toml --out runs/two
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typing_extensions import Doc
 
 from flashgpt.cli import UsageError
+from flashgpt.launch import Launch
 from flashgpt.runconfig import DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
 from flashgpt.toml import load_toml, to_toml
 from flashgpt.verbs.parse import Flag, Valued, parse, usage
+
+if TYPE_CHECKING:
+    from flashgpt.train.parallel import Parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +104,41 @@ def _load(name: str) -> RunConfig:
 
 def main(argv: Sequence[str]) -> int:
     """Runs `flashgpt train`."""
+    launch = Launch.here()
     args = read(argv)
     with usage():
-        args.run.check()
+        args.run.check(launch.size)
+    if (args.print_config or args.replay) and launch.size > 1:
+        raise UsageError("--print-config and --replay are for one process; leave torchrun out")
     if args.print_config:
         print(to_toml(args.run), end="")
         return 0
     if args.replay:
         return _replay(Path(args.replay), args.run)
+    from flashgpt.train import runtime
+    from flashgpt.train.parallel import started
+
+    config = args.run.train
+    with started(config.parallel, runtime.device(config.device)) as parallel:
+        if parallel.largest(launch.restarts):  # torchrun counts on each machine by itself
+            args = _restarted(args)
+        return _train(args, parallel)
+
+
+def _restarted(args: Args) -> Args:
+    """What torchrun starts again goes on, whatever the command line says of that.
+
+    A run that started from other weights has them, and its tokenizer, as its own config says.
+    """
+    folder = Path(args.out)
+    if args.model.init_from is not None and any(folder.glob("checkpoints/step_*")):
+        base = load_toml(folder / "config.toml")
+        args = dataclasses.replace(args, model=base.model, data=base.data)
+    return dataclasses.replace(args, resume=True)
+
+
+def _train(args: Args, parallel: Parallel) -> int:
+    """Trains in one of the processes; the first one says what happens."""
     from flashgpt import orchestrator
     from flashgpt.data.prepare import prepare
     from flashgpt.data.shards import TokenData
@@ -115,16 +147,24 @@ def main(argv: Sequence[str]) -> int:
     from flashgpt.train.resume import check_start
     from flashgpt.verbs.console import console, counting, training
 
-    out, folder, config = console(), Path(args.out), args.run
-    check_start(config.train, folder, args.resume)
-    if not (args.resume and steps(folder)):  # what goes on has its weights and its tokenizer
-        config = pinned(config, folder)
-    with counting(out) as progress:
-        data = TokenData.open(prepare(config.data, progress=progress))
+    out, folder = console(quiet=not parallel.is_first), Path(args.out)
+
+    def begin() -> tuple[RunConfig, Path]:
+        config = args.run
+        check_start(config.train, folder, args.resume)
+        if not (args.resume and steps(folder)):  # what goes on has its weights and its tokenizer
+            config = pinned(config, folder)
+        with counting(out) as progress:
+            return config, prepare(config.data, progress=progress)
+
+    config, prepared = parallel.lead(begin)
+    data = TokenData.open(prepared)
     out.print(data.describe())
     last = config.train.stop_at or config.train.steps
     with training(out, 0, last) as listener:
-        _, result = orchestrator.train(config, data, folder, resume=args.resume, listener=listener)
+        _, result = orchestrator.train(
+            config, data, folder, resume=args.resume, listener=listener, parallel=parallel
+        )
     out.print(f"checkpoint {result.checkpoint}, plot {folder / 'loss.png'}")
     if result.interrupted is not None:
         out.print(

@@ -16,6 +16,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from flashgpt.data.batches import Batches
+from flashgpt.model.gpt2 import GPTModel
 from flashgpt.train import checkpoint, optimizer, step
 from flashgpt.train.step import dropout_seed
 
@@ -91,7 +92,11 @@ def test_that_comparison_sees_anything_not_restored(
     for newest in copied.checkpoints[-1:]:
         (newest / "config.json").unlink()  # so that it goes on from step 8
     if lost == "weights":
-        monkeypatch.setattr(checkpoint.huggingface, "load_weights", lambda *_: None)
+        monkeypatch.setattr(
+            checkpoint.huggingface,
+            "own_tensors",
+            lambda cfg, *_: dict(GPTModel(cfg).named_parameters()),
+        )
     elif lost == "moments":
         monkeypatch.setattr(optimizer.Optimizer, "load_state_tensors", lambda *_: None)
     elif lost == "masks":

@@ -1,0 +1,134 @@
+"""What test_parallel.py looks at, trained in the processes that torchrun starts.
+
+    torchrun --nproc-per-node 2 tests/train/processes.py FOLDER
+
+FOLDER has curve.toml and pairs.toml; there come the runs, and result-RANK.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flashgpt.data.prepare import prepare
+from flashgpt.data.shards import TokenData
+from flashgpt.model import gpt2
+from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import RunConfig
+from flashgpt.toml import load_toml
+from flashgpt.train.feed import Feed, MicroBatch
+from flashgpt.train.loop import Listener
+from flashgpt.train.parallel import ALONE, Parallel, started
+from flashgpt.train.trainer import Trainer
+
+Micros = list[MicroBatch]
+
+
+def fit(
+    run: RunConfig, out: Path, parallel: Parallel = ALONE, *, double: bool = False, **more: Any
+) -> dict[str, Any]:
+    """Trains; what the process heard and how it ended."""
+    data = TokenData.open(prepare(run.data))
+    torch.manual_seed(run.train.seed)
+    model = GPTModel(run.model.resolve(data.vocab_size))
+    trainer = Trainer(model.double() if double else model, data.tokenizer, run.train, parallel)
+    entries: list[dict[str, Any]] = []
+    notes: list[str] = []
+    listener = Listener(step=entries.append, note=notes.append)
+    result = trainer.fit(data, out, run, listener=listener, **more)
+    heard = {key: [entry[key] for entry in entries] for key in ("step", "loss", "grad_norm")}
+    end = {"notes": notes, "steps": result.step, "interrupted": result.interrupted}
+    found = result.evaluation
+    return heard | end | {"val_loss": found and found.loss, "val_tokens": found and found.tokens}
+
+
+@contextlib.contextmanager
+def taking(change: Callable[[int, Micros], Micros]) -> Iterator[None]:
+    """While entered, micro-batches are what `change` makes of them, by their step."""
+    take = Feed.take
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Feed, "take", lambda self, step: change(step, take(self, step)))
+        yield
+
+
+def alike(_: int, micros: Micros) -> Micros:
+    """Each micro-batch weighs as much as any other, whatever counts in it."""
+    return [dataclasses.replace(micro, weight=0.25) for micro in micros]
+
+
+def rows_from_zero(_: int, micros: Micros) -> Micros:
+    """Rows are numbered in each process anew."""
+    return [dataclasses.replace(micro, first_row=micro.first_row % 2) for micro in micros]
+
+
+def broken(step: int, micros: Micros) -> Micros:
+    """The third step has a loss that is not finite."""
+    return [dataclasses.replace(m, weight=math.nan if step == 2 else m.weight) for m in micros]
+
+
+def stopping(step: int, micros: Micros) -> Micros:
+    """SIGTERM comes in the third step."""
+    if step == 2:
+        signal.raise_signal(signal.SIGTERM)
+    return micros
+
+
+def seen_in_half_precision(run: RunConfig, parallel: Parallel) -> dict[str, Any]:
+    """What the loss and a block see as their weights, in a forward and backward pass in bf16."""
+    seen: dict[str, Any] = {}
+
+    def note(name: str, weight: torch.Tensor) -> None:
+        seen[name] = [type(weight).__name__, str(weight.dtype), list(weight.shape)]
+
+    model = GPTModel(run.model.resolve(257))
+    module = parallel.wrap(model, torch.bfloat16)
+    layer = model.h[0].mlp.c_fc
+    layer.register_forward_pre_hook(lambda layer, _: note("block", layer.weight))
+    loss = gpt2.linear_cross_entropy
+    ids = torch.arange(64).view(2, 32)
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
+        patch.setattr(gpt2, "linear_cross_entropy", lambda *a: (note("head", a[1]), loss(*a))[1])
+        module(ids, ids).backward()
+    note("gradient", parallel.whole(model.wte.weight.grad))
+    seen["tied"] = model.lm_head.weight is model.wte.weight
+    return seen
+
+
+def all_runs(folder: Path, parallel: Parallel) -> Iterator[tuple[str, dict[str, Any]]]:
+    curve, pairs = (load_toml(folder / f"{name}.toml") for name in ("curve", "pairs"))
+    ddp, fsdp = (dataclasses.replace(parallel, sharded=sharded) for sharded in (False, True))
+    recomputed = dataclasses.replace(pairs.train, activation_checkpointing=True)
+    yield "pairs-ddp", fit(pairs, folder / "pairs-ddp", ddp, double=True)
+    again = dataclasses.replace(pairs, train=recomputed)
+    yield "pairs-fsdp", fit(again, folder / "pairs-fsdp", fsdp, double=True)
+    for wrong in (alike, rows_from_zero):
+        with taking(wrong):
+            yield wrong.__name__, fit(pairs, folder / wrong.__name__, ddp, double=True)
+    yield "half", seen_in_half_precision(curve, fsdp)
+    yield "curve-ddp", fit(curve, folder / "curve-ddp", ddp)
+    yield "curve-fsdp", fit(curve, folder / "curve-fsdp", fsdp)
+    yield "chain", fit(curve, folder / "chain", fsdp, resume=True)
+    short = dataclasses.replace(curve, train=dataclasses.replace(curve.train, steps=4))
+    one_process = taking(broken) if parallel.rank == 1 else contextlib.nullcontext()
+    with one_process:
+        yield "broken", fit(short, folder / "broken", fsdp)
+    one_process = taking(stopping) if parallel.rank == 1 else contextlib.nullcontext()
+    with one_process:
+        yield "stopping", fit(short, folder / "stopping", ddp)
+
+
+if __name__ == "__main__":
+    there = Path(sys.argv[1])
+    with started("ddp", torch.device("cpu")) as here:
+        results = dict(all_runs(there, here))
+        (there / f"result-{here.rank}.json").write_text(json.dumps(results))

@@ -1,0 +1,356 @@
+"""Several processes: the same run as in one. pytest tests/train/test_parallel.py
+
+Two launches of two processes on the CPU, whatever is looked at: each takes seconds to start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flashgpt.data.batches import Batches
+from flashgpt.data.shards import TokenSplit
+from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import DataConfig, ModelConfig, RunConfig, TrainConfig
+from flashgpt.tokenizer import Tokenizer
+from flashgpt.toml import load_toml, to_toml
+from flashgpt.train import parallel, parts
+from flashgpt.train.evaluate import evaluate
+from flashgpt.train.parallel import LostError, Parallel
+from tests.train.processes import fit
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "tests" / "train"
+STEPS = 50
+CFG = {"vocab_size": 11, "context_length": 4, "emb_dim": 8, "n_heads": 1, "n_layers": 1}
+CFG |= {"drop_rate": 0.0}
+Cli = Callable[..., Any]
+Results = list[dict[str, dict[str, Any]]]  # by rank, then run
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs in two processes on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # Some processors announce a unit for bf16 that they do not let be used.
+    env["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=env, cwd=ROOT, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Of the last checkpoint."""
+    return load_file(max((folder / "checkpoints").iterdir()) / "model.safetensors")
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    mine, others = weights(one), weights(other)
+    assert mine.keys() == others.keys() and len(mine) > 20
+    return max(float((mine[name] - others[name]).abs().max()) for name in mine)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, shared: Path, text: Path) -> Path:
+    """With the configs of the runs: a curve without dropout; prompts with it, in 3 steps."""
+    made = tmp_path_factory.mktemp("parallel")
+    rng = random.Random(1)
+    pairs = [
+        {"prompt": "p" * rng.randrange(1, 40), "completion": "c" * rng.randrange(1, 40)}
+        for _ in range(200)
+    ]
+    (made / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    model = ModelConfig(n_layers=2, emb_dim=32, n_heads=2, context_length=32, drop_rate=0.0)
+    train = TrainConfig(steps=STEPS, tokens_per_step=128, micro_batch=1, lr=3e-3, eval_every=0)
+    train = dataclasses.replace(train, checkpoint_every=5, final_eval_tokens=200)
+    curve = RunConfig(model, DataConfig((str(text),), "bytes", cache=str(shared / "cache")), train)
+    (made / "curve.toml").write_text(to_toml(curve))
+    short = dataclasses.replace(train, steps=3, lr=1e-2, final_eval_tokens=None)
+    data = DataConfig((str(made / "pairs.jsonl"),), "bytes", cache=str(made / "cache"))
+    dropping = dataclasses.replace(model, drop_rate=0.1)
+    (made / "pairs.toml").write_text(to_toml(RunConfig(dropping, data, short)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def restarted(folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command of docs/scaling.md, to step 20; its second process is killed in step 13."""
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    command = re.findall(r"^torchrun (.* --max-restarts .*)$", page, re.MULTILINE)[0]
+    command = command.replace("-m flashgpt", str(SCRIPTS / "killed.py"))
+    command = command.replace("run.toml", str(folder / "curve.toml"))
+    command = command.replace("runs/two", str(folder / "chain"))
+    return torchrun(*shlex.split(command), "--train.stop-at", 20)
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, restarted: object) -> Results:
+    """What tests/train/processes.py did; its chain goes on from step 35, 20 to 35 in one."""
+    curve = load_toml(folder / "curve.toml")
+    train = dataclasses.replace(curve.train, stop_at=35)
+    alone = fit(dataclasses.replace(curve, train=train), folder / "chain", resume=True)
+    (note,) = (note for note in alone["notes"] if "steps are of" in note)
+    assert note.startswith("steps are of one process from here on, were of 2 processes (ddp)")
+    torchrun("--standalone", "--nproc-per-node", 2, SCRIPTS / "processes.py", folder)
+    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def pairs(folder: Path) -> dict[str, Any]:
+    """The prompts in one process, in float64."""
+    return fit(load_toml(folder / "pairs.toml"), folder / "pairs", double=True)
+
+
+@pytest.fixture(scope="module")
+def curve(folder: Path) -> dict[str, Any]:
+    """The curve in one process."""
+    return fit(load_toml(folder / "curve.toml"), folder / "curve")
+
+
+@pytest.fixture(scope="module")
+def control(folder: Path, curve: dict[str, Any]) -> float:
+    """How far the curve drifts with the rows of each batch in another order."""
+    batch = Batches.batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Batches, "batch", lambda self, step: [x[::-1].copy() for x in batch(self, step)]
+        )
+        other = fit(load_toml(folder / "curve.toml"), folder / "control")
+    assert curve["loss"][-1] < 0.8 * curve["loss"][0]
+    found = drift(curve["loss"], other["loss"])
+    assert 0 < found < 1e-3
+    return found
+
+
+def drift(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_steps_are_those_of_one_process(
+    how: str, folder: Path, results: Results, pairs: dict[str, Any]
+) -> None:
+    """With dropout, targets that do not count, several micro-batches; under FSDP2 with blocks
+    recomputed. Budgets: those of tests/train/test_step.py, for sums in another order."""
+    for found in (rank[f"pairs-{how}"] for rank in results[:1]):
+        assert found["step"] == [1, 2, 3]
+        assert drift(found["loss"], pairs["loss"]) <= 4 * 2**-24 * 6
+        assert drift(found["grad_norm"], pairs["grad_norm"]) <= 1e-7
+        assert found["val_loss"] == pytest.approx(pairs["val_loss"], abs=1e-7)
+        assert found["val_tokens"] == pairs["val_tokens"] > 32
+    assert largest_difference(folder / "pairs", folder / f"pairs-{how}") <= 1e-7
+
+
+def test_in_shards_the_loss_sees_the_whole_weight_in_full_precision(results: Results) -> None:
+    """A plain tensor, not a DTensor, which its operator could not read; blocks in bf16."""
+    seen = results[0]["half"]
+    assert seen["head"] == ["Parameter", "torch.float32", [257, 32]]
+    assert seen["block"] == ["Parameter", "torch.bfloat16", [128, 32]]
+    assert seen["gradient"] == ["Tensor", "torch.float32", [257, 32]]
+    assert seen["tied"]
+
+
+@pytest.mark.parametrize("wrong", ["alike", "rows_from_zero"])
+def test_the_comparison_sees_wrong_weights_and_masks(
+    wrong: str, folder: Path, results: Results, pairs: dict[str, Any]
+) -> None:
+    assert drift(results[0][wrong]["loss"], pairs["loss"]) > 1e-3
+    assert largest_difference(folder / "pairs", folder / wrong) > 1e-3
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_losses_drift_no_further_than_those_of_permuted_rows(
+    how: str, results: Results, curve: dict[str, Any], control: float
+) -> None:
+    """Limit: three times the drift of the control."""
+    found = results[0][f"curve-{how}"]
+    assert found["step"] == list(range(1, STEPS + 1))
+    assert drift(found["loss"], curve["loss"]) <= 3 * control
+
+
+def test_every_process_sees_the_same(results: Results) -> None:
+    first, second = results
+    assert len(first) == 10
+    assert first.pop("half") == second["half"]
+    for name, found in first.items():
+        for key in ("step", "loss", "grad_norm", "steps", "interrupted", "val_loss"):
+            assert json.dumps(found[key]) == json.dumps(second[name][key]), (name, key)
+
+
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
+    folder: Path, restarted: subprocess.CompletedProcess[str]
+) -> None:
+    """torchrun starts both again, they go on by themselves; the first alone prints and writes."""
+    shown = restarted.stdout.splitlines()
+    assert sum("training tokens" in line for line in shown) == 2  # at either start
+    assert sum(line.startswith("goes on from") for line in shown) == 1
+    assert f"goes on from {folder}/chain/checkpoints/step_00000010" in restarted.stdout
+    assert sum(line.startswith("step 20: validation loss") for line in shown) == 1
+
+
+def test_a_run_goes_on_in_any_number_of_processes(
+    folder: Path, results: Results, curve: dict[str, Any], control: float
+) -> None:
+    """20 steps of DDP with a kill, 15 in one process, 15 of FSDP2: the curve of one process."""
+    chain = results[0]["chain"]
+    assert chain["step"] == list(range(36, STEPS + 1))
+    assert chain["notes"][0] == f"goes on from {folder}/chain/checkpoints/step_00000035"
+    assert "steps are of 2 processes (fsdp) from here on, were of one" in chain["notes"][1]
+    lines = (folder / "chain" / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [entry["step"] for entry in found] == list(range(1, STEPS + 1))
+    assert drift([entry["loss"] for entry in found], curve["loss"]) <= 3 * control
+    mine, others = (
+        load_file(max((folder / name / "checkpoints").iterdir()) / "trainer/optimizer.safetensors")
+        for name in ("chain", "curve")
+    )
+    assert {k: t.shape for k, t in mine.items()} == {k: t.shape for k, t in others.items()}
+
+
+def test_a_bad_step_of_one_process_is_left_out_by_all(
+    folder: Path, results: Results, curve: dict[str, Any], cli: Cli
+) -> None:
+    """And its incident has the whole batch and whole weights: one process can do it again."""
+    first, second = (rank["broken"] for rank in results)
+    assert first["steps"] == second["steps"] == 4
+    assert [loss == loss for loss in first["loss"]] == [True, True, False, True]
+    assert [loss == loss for loss in second["loss"]] == [True, True, False, True]
+    (there,) = (folder / "broken" / "incidents").iterdir()
+    kept = json.loads((there / "incident.json").read_text())
+    assert [micro["first_row"] for micro in kept["micros"]] == [0, 1, 2, 3]
+    shown = cli("train", "--replay", there).done()
+    (line,) = (line for line in shown.splitlines() if line.startswith("loss "))
+    then, now = map(float, line.split()[1:])
+    assert then == pytest.approx(now, rel=1e-5)
+
+
+def test_a_signal_to_one_process_ends_all_after_the_same_step(
+    folder: Path, results: Results
+) -> None:
+    for rank in results:
+        assert rank["stopping"]["interrupted"] == 15
+        assert rank["stopping"]["steps"] == 3
+    names = sorted(path.name for path in (folder / "stopping" / "checkpoints").iterdir())
+    assert names == ["step_00000003"]
+
+
+def test_of_a_sharded_model_the_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the hooks that stand around them; and it can be taken back."""
+    model = GPTModel({**CFG, "n_layers": 2})
+    compiled: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or f)
+    assert parallel.compile_module(model) is model
+    assert compiled == [model]
+    model.reshard = lambda: None  # type: ignore[assignment]  # as FSDP2 leaves a model
+    forward = parallel.compile_module(model)
+    assert forward is not model and compiled[1:] == [block.forward for block in model.h]
+    ids = torch.arange(4)[None]
+    assert torch.equal(forward(ids, ids), model(ids, ids))
+    parallel.uncompile(model)
+    assert all("forward" not in vars(block) for block in model.h)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_windows_of_an_evaluation_are_shared(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each counts once, and every process runs the model as often, as FSDP2 needs it."""
+    model = GPTModel(CFG)
+    tokens = np.random.default_rng(0).integers(0, 11, 4 * 8 * 6 + 3).astype(np.uint16)
+    split, lengths = TokenSplit([tokens], [np.zeros(1, np.int64)], 0), np.ones(11, np.int64)
+    whole = evaluate(model, split, lengths)
+    monkeypatch.setattr(Parallel, "totals", lambda _, *sums: sums)
+    calls, found = [], []
+    for rank in range(size):
+        counted: list[int] = []
+        hook = model.register_forward_hook(lambda *_, seen=counted: seen.append(1))
+        found.append(evaluate(model, split, lengths, parallel=Parallel(rank, size)))
+        hook.remove()
+        calls.append(len(counted))
+    assert len(set(calls)) == 1 and calls[0] == -(-7 // size)
+    assert sum(part.tokens for part in found) == whole.tokens
+    nats = sum(part.loss * part.tokens for part in found)
+    assert nats / whole.tokens == pytest.approx(whole.loss, rel=1e-9)
+
+
+def test_shapes_that_do_not_divide_are_refused_before_any_work() -> None:
+    train = TrainConfig(tokens_per_step=6 * 32, micro_batch=2)
+    assert [train.rows_at_once(32, count) for count in (1, 3, 6)] == [2, 2, 1]
+    with pytest.raises(ValueError, match=r"tokens_per_step must be a multiple of 128 for 4 proc"):
+        train.rows_at_once(32, 4)
+    with pytest.raises(ValueError, match=r"micro_batch must divide the 3 sequences .* of 2 proc"):
+        train.rows_at_once(32, 2)
+
+
+def test_muon_is_refused_in_shards() -> None:
+    config = TrainConfig(optimizer="muon", tokens_per_step=8)
+    with pytest.raises(ValueError, match=r"optimizer must be adamw with .* fsdp"):
+        parts.build(GPTModel(CFG), Tokenizer.bytes(), config, Parallel(0, 2, sharded=True))
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment that torchrun gives the second process."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("said", "is_lost"),
+    [
+        ("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1", True),
+        ("Connection reset by peer", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_a_process_says_that_another_is_gone(
+    second_of_two: pytest.MonkeyPatch, said: str, is_lost: bool
+) -> None:
+    second_of_two.setattr(parallel, "_join", lambda *_: None)
+    second_of_two.setattr(parallel.dist, "new_group", lambda **_: None)
+    wanted = pytest.raises(LostError, match="another process of this run has ended")
+    error = wanted if is_lost else pytest.raises(RuntimeError, match="illegal memory access")
+    with error, parallel.started("ddp", torch.device("cpu")) as found:
+        assert (found.rank, found.size, found.is_first) == (1, 2, False)
+        raise RuntimeError(said)
+
+
+def test_a_gpu_for_each_process(
+    second_of_two: pytest.MonkeyPatch,
+) -> None:
+    second_of_two.setenv("LOCAL_RANK", "1")
+    second_of_two.setattr(torch.cuda, "device_count", lambda: 1)
+    with (
+        pytest.raises(ValueError, match="--nproc-per-node must be at most the 1 GPUs"),
+        contextlib.ExitStack() as stack,
+    ):
+        stack.enter_context(parallel.started("ddp", torch.device("cuda")))
+
+
+def test_other_verbs_are_for_one_process(
+    second_of_two: pytest.MonkeyPatch, cli: Cli, tmp_path: Path
+) -> None:
+    """Said once, by the first process."""
+    second = cli("evaluate", tmp_path)
+    assert (second.status, second.err) == (2, "")
+    second_of_two.setenv("RANK", "0")
+    first = cli("evaluate", tmp_path)
+    assert first.err == "flashgpt[0]: evaluate is for one process; leave torchrun out\n"
+    assert cli("train", "--print-config").status == 2
