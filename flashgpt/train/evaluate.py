@@ -81,7 +81,7 @@ def evaluate(
     model.eval()
     nats, tokens, n_bytes = 0.0, 0, 0
     try:
-        with torch.no_grad(), casting(device, autocast):
+        with torch.no_grad(), casting(device, autocast), parallel.evaluating(model):
             for (ids, targets), is_own in _shared(windows, parallel):
                 on_device = [torch.from_numpy(x).to(device) for x in (ids, targets)]
                 counted = targets[targets != IGNORE]
@@ -93,7 +93,6 @@ def evaluate(
                 n_bytes += int(byte_lengths[counted].sum())
                 progress(tokens)
     finally:
-        parallel.reshard(model)
         model.train(was_training)
     return _evaluation(*parallel.totals(nats, tokens, n_bytes))
 

@@ -182,10 +182,20 @@ class Parallel:
         """The whole of a tensor that may be sharded, in every process."""
         return tensor.full_tensor() if self.sharded and hasattr(tensor, "full_tensor") else tensor
 
-    def reshard(self, model: nn.Module) -> None:
-        """Lets go of whole weights that a forward pass without a backward pass has left behind."""
-        if self.sharded:
-            model.reshard()  # type: ignore[operator]  # an FSDPModule by now
+    @contextlib.contextmanager
+    def evaluating(self, model: GPTModel) -> Iterator[None]:
+        """While entered, a sharded model is good for forward passes without backward passes.
+
+        They are not compiled, whatever `compile_module` did, and leave no whole weights behind.
+        """
+        if not self.sharded:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            try:
+                yield
+            finally:
+                model.reshard()  # type: ignore[operator]  # an FSDPModule by now
 
 
 ALONE = Parallel()
