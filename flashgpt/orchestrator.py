@@ -107,13 +107,7 @@ def train(
     # A run that goes on has its weights, and the shape is written in its config.
     goes_on = parallel.lead(lambda: resume and bool(checkpoint.steps(out)))
     source = None if goes_on else run.model.init_from
-    cfg = parallel.lead(
-        lambda: run.model.resolve(
-            data.tokenizer.vocab_size, initial.shape(source) if source else None
-        )
-    )
-    # Not after hours of training.
-    parallel.lead(lambda: check_prompt(data.tokenizer.encode(run.sample.prompt), cfg))
+    cfg = parallel.lead(lambda: _resolved(run, data, source, parallel.size))
     system = assemble(cfg, data.tokenizer, run.train, parallel)
     if source:
         listener.note(initial.load_into(system.model, source, parallel))
@@ -122,6 +116,15 @@ def train(
     if result.evaluation is not None:
         parallel.lead(lambda: _sample(system, result, out, run.sample, listener))
     return system, result
+
+
+def _resolved(run: RunConfig, data: TokenData, source: str | None, processes: int) -> GPTConfig:
+    """The model of a run; refuses now what would fail later."""
+    base = initial.shape(source) if source else None
+    cfg = run.model.resolve(data.tokenizer.vocab_size, base)
+    check_prompt(data.tokenizer.encode(run.sample.prompt), cfg)
+    run.train.rows_at_once(cfg.context_length, processes)
+    return cfg
 
 
 def _sample(

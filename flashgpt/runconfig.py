@@ -272,6 +272,18 @@ class TrainConfig:
             )
         return rows
 
+    def check_processes(self, processes: int) -> None:
+        """Refuses what so many processes cannot do together.
+
+        Raises:
+            ValueError: Muon needs whole matrices, and `parallel` leaves none.
+        """
+        if processes > 1 and self.optimizer == "muon" and self.parallel == "fsdp":
+            raise ValueError(
+                "train.optimizer must be adamw with train.parallel fsdp, got muon, which needs "
+                "whole matrices; use train.parallel ddp"
+            )
+
     def rows_at_once(self, context_length: int, processes: int = 1) -> int:
         """Sequences in one forward pass of one of `processes`, which share a step evenly.
 
@@ -352,8 +364,10 @@ class RunConfig:
             processes: how many train together.
 
         Raises:
-            ValueError: they make no model, or a step that is no whole number of sequences.
+            ValueError: they make no model, a step that is no whole number of sequences for each
+                process, or as `TrainConfig.check_processes`.
         """
+        self.train.check_processes(processes)
         if self.model.init_from is not None:
             return  # the shape stands there, and is looked at when the weights are
         wanted = self.model.vocab_size

@@ -53,13 +53,9 @@ def build(
 
     Raises:
         ValueError: a device or precision that this machine does not have, a step that is no whole
-            number of sequences for each process, or an optimizer that cannot be sharded.
+            number of sequences for each process, or as `TrainConfig.check_processes`.
     """
-    if config.optimizer == "muon" and parallel.sharded:
-        raise ValueError(
-            "train.optimizer must be adamw with train.parallel fsdp, got muon, which needs whole "
-            "matrices; use train.parallel ddp"
-        )
+    config.check_processes(parallel.size)
     device = runtime.device(config.device)
     autocast = runtime.autocast_dtype(config.precision, device)
     context = model.cfg.context_length

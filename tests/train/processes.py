@@ -26,6 +26,7 @@ from flashgpt.model import gpt2
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import RunConfig
 from flashgpt.toml import load_toml
+from flashgpt.train import checkpoint, initial
 from flashgpt.train.feed import Feed, MicroBatch
 from flashgpt.train.loop import Listener
 from flashgpt.train.parallel import ALONE, Parallel, started
@@ -104,6 +105,19 @@ def seen_in_half_precision(run: RunConfig, parallel: Parallel) -> dict[str, Any]
     return seen
 
 
+def tuned(run: RunConfig, source: Path, parallel: Parallel) -> dict[str, Any]:
+    """How far the weights of a run are from those that a model starts from."""
+    model = GPTModel(run.model.resolve(257))
+    parallel.wrap(model, None)
+    note = initial.load_into(model, str(source), parallel)
+    wanted = dict(checkpoint.load(source)[0].named_parameters())
+    apart = [
+        float((parallel.whole(p) - wanted[name]).abs().max())
+        for name, p in model.named_parameters()
+    ]
+    return {"note": note, "apart": max(apart), "count": len(apart)}
+
+
 def all_runs(folder: Path, parallel: Parallel) -> Iterator[tuple[str, dict[str, Any]]]:
     curve, pairs = (load_toml(folder / f"{name}.toml") for name in ("curve", "pairs"))
     ddp, fsdp = (dataclasses.replace(parallel, sharded=sharded) for sharded in (False, True))
@@ -118,6 +132,8 @@ def all_runs(folder: Path, parallel: Parallel) -> Iterator[tuple[str, dict[str, 
     yield "curve-ddp", fit(curve, folder / "curve-ddp", ddp)
     yield "curve-fsdp", fit(curve, folder / "curve-fsdp", fsdp)
     yield "chain", fit(curve, folder / "chain", fsdp, resume=True)
+    for name, these in (("ddp", ddp), ("fsdp", fsdp)):
+        yield f"tuned-{name}", tuned(curve, folder / "chain", these)
     short = dataclasses.replace(curve, train=dataclasses.replace(curve.train, steps=4))
     one_process = taking(broken) if parallel.rank == 1 else contextlib.nullcontext()
     with one_process:
