@@ -93,9 +93,14 @@ class Parallel:
             dist.all_reduce(x)
         return x
 
+    @property
+    def foreach(self) -> bool | None:
+        """PyTorch's setting for many gradients at a time, which it would not choose for shards."""
+        return True if self.sharded else None
+
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The norm of the whole gradient, 0-d."""
-        norm: Tensor = get_total_norm(gradients)
+        norm: Tensor = get_total_norm(gradients, foreach=self.foreach)
         return self.whole(norm)
 
     def totals(self, nats: float, *counts: int) -> tuple[Any, ...]:

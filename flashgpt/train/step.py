@@ -164,7 +164,8 @@ def update(
     if guard.loss_scale is not None:
         torch._foreach_mul_(grads, 1 / guard.loss_scale)
     norm = parts.parallel.norm(grads)
-    clip_grads_with_norm_(parts.model.parameters(), parts.config.grad_clip or math.inf, norm)
+    limit = parts.config.grad_clip or math.inf
+    clip_grads_with_norm_(parts.model.parameters(), limit, norm, parts.parallel.foreach)
     refused, report = guard.judge(loss, norm)
     parts.optimizer.step(refused)
     parts.optimizer.zero_grad()
