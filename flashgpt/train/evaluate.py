@@ -16,6 +16,7 @@ from flashgpt.model.gpt2 import GPTModel
 from flashgpt.model.loss import IGNORE
 from flashgpt.train.parallel import ALONE, Parallel
 from flashgpt.train.runtime import casting
+from flashgpt.train.wrapping import evaluating
 
 EVAL_ROWS = 8
 
@@ -81,7 +82,7 @@ def evaluate(
     model.eval()
     nats, tokens, n_bytes = 0.0, 0, 0
     try:
-        with torch.no_grad(), casting(device, autocast), parallel.evaluating(model):
+        with torch.no_grad(), casting(device, autocast), evaluating(model):
             for (ids, targets), is_own in _shared(windows, parallel):
                 on_device = [torch.from_numpy(x).to(device) for x in (ids, targets)]
                 counted = targets[targets != IGNORE]

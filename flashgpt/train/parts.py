@@ -14,6 +14,7 @@ from flashgpt.train import optimizer, runtime
 from flashgpt.train.guard import Guard
 from flashgpt.train.optimizer import Optimizer
 from flashgpt.train.parallel import ALONE, Parallel
+from flashgpt.train.wrapping import wrap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def build(
     context = model.cfg.context_length
     at_once = config.rows_at_once(context, parallel.size)
     _configure(model.to(device), config)
-    module = parallel.wrap(model, autocast)
+    module = wrap(model, parallel, autocast)
     return Parts(
         model=model,
         module=module,

@@ -21,7 +21,8 @@ from torch.compiler import config as compiler_config
 
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import TrainConfig
-from flashgpt.train.parallel import ALONE, Parallel, compile_module, uncompile, unsynchronised
+from flashgpt.train.parallel import ALONE, Parallel
+from flashgpt.train.wrapping import compile_module, uncompile, unsynchronised
 
 # On two CPU cores the compiler takes half a minute and wins 2 to 10 % of a step (1.9 M parameters,
 # torch 2.13): so much work, five hours there, repays it many times.

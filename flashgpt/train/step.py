@@ -29,9 +29,9 @@ from flashgpt.train import graph, runtime
 from flashgpt.train.feed import Feed, MicroBatch
 from flashgpt.train.graph import Graphed
 from flashgpt.train.guard import Verdict
-from flashgpt.train.parallel import unsynchronised
 from flashgpt.train.parts import Parts
 from flashgpt.train.schedule import learning_rate
+from flashgpt.train.wrapping import unsynchronised
 
 DROPOUT_STREAM = 0xD0
 # Steps that the host may launch before it reads the one in front of them.

@@ -31,6 +31,7 @@ from flashgpt.train.feed import Feed, MicroBatch
 from flashgpt.train.loop import Listener
 from flashgpt.train.parallel import ALONE, Parallel, started
 from flashgpt.train.trainer import Trainer
+from flashgpt.train.wrapping import wrap
 
 Micros = list[MicroBatch]
 
@@ -92,7 +93,7 @@ def seen_in_half_precision(run: RunConfig, parallel: Parallel) -> dict[str, Any]
         seen[name] = [type(weight).__name__, str(weight.dtype), list(weight.shape)]
 
     model = GPTModel(run.model.resolve(257))
-    module = parallel.wrap(model, torch.bfloat16)
+    module = wrap(model, parallel, torch.bfloat16)
     layer = model.h[0].mlp.c_fc
     layer.register_forward_pre_hook(lambda layer, _: note("block", layer.weight))
     loss = gpt2.linear_cross_entropy
@@ -108,7 +109,7 @@ def seen_in_half_precision(run: RunConfig, parallel: Parallel) -> dict[str, Any]
 def tuned(run: RunConfig, source: Path, parallel: Parallel) -> dict[str, Any]:
     """How far the weights of a run are from those that a model starts from."""
     model = GPTModel(run.model.resolve(257))
-    parallel.wrap(model, None)
+    wrap(model, parallel, None)
     note = initial.load_into(model, str(source), parallel)
     wanted = dict(checkpoint.load(source)[0].named_parameters())
     apart = [

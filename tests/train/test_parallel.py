@@ -261,22 +261,6 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(
     assert names == ["step_00000003"]
 
 
-def test_of_a_sharded_model_the_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the hooks that stand around them; and it can be taken back."""
-    model = GPTModel({**CFG, "n_layers": 2})
-    compiled: list[object] = []
-    monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or f)
-    assert parallel.compile_module(model) is model
-    assert compiled == [model]
-    model.reshard = lambda: None  # type: ignore[assignment]  # as FSDP2 leaves a model
-    forward = parallel.compile_module(model)
-    assert forward is not model and compiled[1:] == [block.forward for block in model.h]
-    ids = torch.arange(4)[None]
-    assert torch.equal(forward(ids, ids), model(ids, ids))
-    parallel.uncompile(model)
-    assert all("forward" not in vars(block) for block in model.h)
-
-
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_windows_of_an_evaluation_are_shared(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each counts once, and every process runs the model as often, as FSDP2 needs it."""
@@ -354,15 +338,3 @@ def test_a_gpu_for_each_process(
         contextlib.ExitStack() as stack,
     ):
         stack.enter_context(parallel.started("ddp", torch.device("cuda")))
-
-
-def test_other_verbs_are_for_one_process(
-    second_of_two: pytest.MonkeyPatch, cli: Cli, tmp_path: Path
-) -> None:
-    """Said once, by the first process."""
-    second = cli("evaluate", tmp_path)
-    assert (second.status, second.err) == (2, "")
-    second_of_two.setenv("RANK", "0")
-    first = cli("evaluate", tmp_path)
-    assert first.err == "flashgpt[0]: evaluate is for one process; leave torchrun out\n"
-    assert cli("train", "--print-config").status == 2

@@ -1,0 +1,42 @@
+"""Who a process is, by what torchrun tells it. pytest tests/test_launch.py"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashgpt.launch import Launch
+
+TOLD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "LOCAL_RANK": "1"}
+TOLD |= {"TORCHELASTIC_RESTART_COUNT": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in TOLD:
+        monkeypatch.delenv(name, raising=False)
+    assert Launch.here() == Launch(rank=0, size=1)
+    monkeypatch.setenv("WORLD_SIZE", "8")  # some schedulers set it by themselves
+    assert Launch.here() == Launch(rank=0, size=1)
+
+
+def test_torchrun_tells_who_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TOLD.items():
+        monkeypatch.setenv(name, value)
+    assert Launch.here() == Launch(1, 2, 1, 3, keeps_store=True)
+
+
+def test_other_verbs_are_for_one_process(
+    monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Said once, by the first process."""
+    for name, value in TOLD.items():
+        monkeypatch.setenv(name, value)
+    second = cli("evaluate", tmp_path)
+    assert (second.status, second.err) == (2, "")
+    monkeypatch.setenv("RANK", "0")
+    first = cli("evaluate", tmp_path)
+    assert first.err == "flashgpt[0]: evaluate is for one process; leave torchrun out\n"
+    assert cli("train", "--print-config").status == 2
