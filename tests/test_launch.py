@@ -40,3 +40,28 @@ def test_other_verbs_are_for_one_process(
     first = cli("evaluate", tmp_path)
     assert first.err == "flashgpt[0]: evaluate is for one process; leave torchrun out\n"
     assert cli("train", "--print-config").status == 2
+
+
+@pytest.mark.parametrize("starts_from_weights", [False, True])
+def test_what_torchrun_starts_again_goes_on(
+    starts_from_weights: bool,
+    trained: Any,
+    options: list[str],
+    text: Path,
+    tmp_path: Path,
+    cli: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the very command that started it; a run that started from weights with its own."""
+    command = ["train", *options]
+    if starts_from_weights:
+        command = ["train", "--model.init-from", trained.folder, "--data.source", text]
+        command += ["--data.cache", tmp_path / "data", "--train.tokens-per-step", 128]
+    command += ["--out", tmp_path / "run", "--train.steps", 4]
+    cli(*command, "--train.stop-at", 2).done()
+    assert "holds checkpoints; go on with --resume" in cli(*command).error(1)
+    for name, value in {**TOLD, "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    shown = " ".join(cli(*command).done().split())
+    assert f"goes on from {tmp_path / 'run'}/checkpoints/step_00000002" in shown
+    assert "starts from the weights" not in shown
