@@ -15,7 +15,8 @@ from flashgpt.train.parts import Parts
 
 # What a resumed run may not change: these make the batches, the masks and the optimizer's state.
 FIXED = ("seed", "tokens_per_step", "optimizer")
-# What it may change without a word: it takes part in no step.
+# What it may change without a word: it takes part in no step. What several processes change they
+# say by themselves.
 FREE = (
     *("stop_at", "log_every", "eval_every", "eval_tokens", "final_eval_tokens"),
     *("checkpoint_every", "keep_checkpoints", "parallel"),

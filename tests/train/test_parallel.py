@@ -26,6 +26,7 @@ from torch import Tensor
 
 from flashgpt.data.batches import Batches
 from flashgpt.data.shards import TokenSplit
+from flashgpt.locks import alone
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import DataConfig, ModelConfig, RunConfig, TrainConfig
 from flashgpt.tokenizer import Tokenizer
@@ -44,8 +45,8 @@ Cli = Callable[..., Any]
 Results = list[dict[str, dict[str, Any]]]  # by rank, then run
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs in two processes on this machine."""
+def torchrun(*arguments: object) -> str:
+    """Runs in processes on this machine; what they print."""
     command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     # Some processors announce a unit for bf16 that they do not let be used.
@@ -54,7 +55,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
         command, capture_output=True, text=True, env=env, cwd=ROOT, check=False, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return done.stdout
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -68,30 +69,29 @@ def largest_difference(one: Path, other: Path) -> float:
     return max(float((mine[name] - others[name]).abs().max()) for name in mine)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, shared: Path, text: Path) -> Path:
-    """With the configs of the runs: a curve without dropout; prompts with it, in 3 steps."""
-    made = tmp_path_factory.mktemp("parallel")
+def write_configs(folder: Path, text: Path) -> None:
+    """A curve without dropout; prompts with it, in 3 steps of two micro-batches a process."""
     rng = random.Random(1)
     pairs = [
         {"prompt": "p" * rng.randrange(1, 40), "completion": "c" * rng.randrange(1, 40)}
         for _ in range(200)
     ]
-    (made / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (folder / "words.txt").write_text(text.read_text())
     model = ModelConfig(n_layers=2, emb_dim=32, n_heads=2, context_length=32, drop_rate=0.0)
     train = TrainConfig(steps=STEPS, tokens_per_step=128, lr=3e-3, eval_every=0)
     train = dataclasses.replace(train, checkpoint_every=5, final_eval_tokens=200)
-    curve = RunConfig(model, DataConfig((str(text),), "bytes", cache=str(shared / "cache")), train)
-    (made / "curve.toml").write_text(to_toml(curve))
     short = dataclasses.replace(train, steps=3, micro_batch=1, lr=1e-2, final_eval_tokens=None)
-    data = DataConfig((str(made / "pairs.jsonl"),), "bytes", cache=str(made / "cache"))
+    words, prompts = (
+        DataConfig((str(folder / name),), "bytes", cache=str(folder / "cache"))
+        for name in ("words.txt", "pairs.jsonl")
+    )
     dropping = dataclasses.replace(model, drop_rate=0.1)
-    (made / "pairs.toml").write_text(to_toml(RunConfig(dropping, data, short)))
-    return made
+    (folder / "curve.toml").write_text(to_toml(RunConfig(model, words, train)))
+    (folder / "pairs.toml").write_text(to_toml(RunConfig(dropping, prompts, short)))
 
 
-@pytest.fixture(scope="module")
-def restarted(folder: Path) -> subprocess.CompletedProcess[str]:
+def restart(folder: Path) -> str:
     """The command of docs/scaling.md, to step 20; its second process is killed in step 13."""
     page = (ROOT / "docs" / "scaling.md").read_text()
     command = re.findall(r"^torchrun (.* --max-restarts .*)$", page, re.MULTILINE)[0]
@@ -101,41 +101,70 @@ def restarted(folder: Path) -> subprocess.CompletedProcess[str]:
     return torchrun(*shlex.split(command), "--train.stop-at", 20)
 
 
-@pytest.fixture(scope="module")
-def results(folder: Path, restarted: object) -> Results:
-    """What tests/train/processes.py did; its chain goes on from step 35, 20 to 35 in one."""
-    curve = load_toml(folder / "curve.toml")
-    train = dataclasses.replace(curve.train, stop_at=35)
-    alone = fit(dataclasses.replace(curve, train=train), folder / "chain", resume=True)
-    (note,) = (note for note in alone["notes"] if "steps are of" in note)
-    assert note.startswith("steps are of one process from here on, were of 2 processes (ddp)")
-    torchrun("--standalone", "--nproc-per-node", 2, SCRIPTS / "processes.py", folder)
-    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(2)]
-
-
-@pytest.fixture(scope="module")
-def pairs(folder: Path) -> dict[str, Any]:
-    """The prompts in one process, in float64."""
-    return fit(load_toml(folder / "pairs.toml"), folder / "pairs", double=True)
-
-
-@pytest.fixture(scope="module")
-def curve(folder: Path) -> dict[str, Any]:
-    """The curve in one process."""
-    return fit(load_toml(folder / "curve.toml"), folder / "curve")
-
-
-@pytest.fixture(scope="module")
-def control(folder: Path, curve: dict[str, Any]) -> float:
-    """How far the curve drifts with the rows of each batch in another order."""
+def in_one_process(folder: Path) -> dict[str, dict[str, Any]]:
+    """The same runs in this process, steps 20 to 35 of the chain, and the curve with the rows of
+    each batch in another order."""
+    curve, pairs = (load_toml(folder / f"{name}.toml") for name in ("curve", "pairs"))
+    part = dataclasses.replace(curve, train=dataclasses.replace(curve.train, stop_at=35))
+    found = {"chain": fit(part, folder / "chain", resume=True)}
+    found["pairs"] = fit(pairs, folder / "pairs", double=True)
+    found["curve"] = fit(curve, folder / "curve")
     batch = Batches.batch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             Batches, "batch", lambda self, step: [x[::-1].copy() for x in batch(self, step)]
         )
-        other = fit(load_toml(folder / "curve.toml"), folder / "control")
-    assert curve["loss"][-1] < 0.8 * curve["loss"][0]
-    found = drift(curve["loss"], other["loss"])
+        found["control"] = fit(curve, folder / "control")
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """Where all runs are, made once, by whichever process of pytest comes first."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    made = base / "processes"
+    made.mkdir(exist_ok=True)
+    with alone(made, wait=lambda: None):
+        if not (made / "alone.json").exists():
+            write_configs(made, text)
+            (made / "restarted.txt").write_text(restart(made))
+            found = in_one_process(made)
+            torchrun("--standalone", "--nproc-per-node", 2, SCRIPTS / "processes.py", made)
+            (made / "alone.json").write_text(json.dumps(found))
+    return made
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Results:
+    """What tests/train/processes.py did, by process."""
+    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def one_process(folder: Path) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads((folder / "alone.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def pairs(one_process: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The prompts in one process, in float64."""
+    return one_process["pairs"]
+
+
+@pytest.fixture(scope="module")
+def curve(one_process: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The curve in one process."""
+    return one_process["curve"]
+
+
+@pytest.fixture(scope="module")
+def control(one_process: dict[str, dict[str, Any]]) -> float:
+    """How far the curve drifts with the rows of each batch in another order."""
+    losses = one_process["curve"]["loss"]
+    assert losses[-1] < 0.8 * losses[0]
+    found = drift(losses, one_process["control"]["loss"])
     assert 0 < found < 1e-3
     return found
 
@@ -194,21 +223,26 @@ def test_every_process_sees_the_same(results: Results) -> None:
             assert json.dumps(found[key]) == json.dumps(second[name][key]), (name, key)
 
 
-def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
-    folder: Path, restarted: subprocess.CompletedProcess[str]
-) -> None:
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(folder: Path) -> None:
     """torchrun starts both again, they go on by themselves; the first alone prints and writes."""
-    shown = restarted.stdout.splitlines()
+    printed = (folder / "restarted.txt").read_text()
+    shown = printed.splitlines()
     assert sum("training tokens" in line for line in shown) == 2  # at either start
     assert sum(line.startswith("goes on from") for line in shown) == 1
-    assert f"goes on from {folder}/chain/checkpoints/step_00000010" in restarted.stdout
+    assert f"goes on from {folder}/chain/checkpoints/step_00000010" in printed
     assert sum(line.startswith("step 20: validation loss") for line in shown) == 1
 
 
 def test_a_run_goes_on_in_any_number_of_processes(
-    folder: Path, results: Results, curve: dict[str, Any], control: float
+    folder: Path,
+    results: Results,
+    one_process: dict[str, dict[str, Any]],
+    curve: dict[str, Any],
+    control: float,
 ) -> None:
     """20 steps of DDP with a kill, 15 in one process, 15 of FSDP2: the curve of one process."""
+    alone_from = "steps are of one process from here on, were of 2 processes (ddp)"
+    assert any(note.startswith(alone_from) for note in one_process["chain"]["notes"])
     chain = results[0]["chain"]
     assert chain["step"] == list(range(36, STEPS + 1))
     assert chain["notes"][0] == f"goes on from {folder}/chain/checkpoints/step_00000035"
