@@ -16,13 +16,19 @@ class Launch:
         size: processes in all, on all machines.
         local_rank: its number on this machine, from 0.
         restarts: how often torchrun has started the processes of this machine anew.
-        keeps_store: whether torchrun's own store, where processes find each other, outlives that.
+        most_restarts: torchrun's `--max-restarts`.
+        machines: on which it runs.
+        keeps_store: whether torchrun's own store, where processes find each other, outlives a
+            restart, with the addresses of processes that are gone
+            (https://github.com/pytorch/pytorch/issues/135712).
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     restarts: int = 0
+    most_restarts: int = 0
+    machines: int = 1
     keeps_store: bool = False
 
     @classmethod
@@ -34,9 +40,28 @@ class Launch:
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
             return cls()
         return cls(
-            rank=int(os.environ["RANK"]),
-            size=int(os.environ["WORLD_SIZE"]),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            rank=_number("RANK"),
+            size=_number("WORLD_SIZE"),
+            local_rank=_number("LOCAL_RANK"),
+            restarts=_number("TORCHELASTIC_RESTART_COUNT"),
+            most_restarts=_number("TORCHELASTIC_MAX_RESTARTS"),
+            machines=_number("GROUP_WORLD_SIZE", 1),
             keeps_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
+
+    def check(self) -> None:
+        """Refuses what would hang after a restart.
+
+        Raises:
+            ValueError: machines count their restarts each for itself, so nothing tells which
+                addresses in a store that is kept are of now.
+        """
+        if self.keeps_store and self.machines > 1 and self.most_restarts:
+            raise ValueError(
+                "--max-restarts on several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; "
+                "export it before torchrun, on each"
+            )
+
+
+def _number(name: str, default: int = 0) -> int:
+    return int(os.environ.get(name, default))

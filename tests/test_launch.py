@@ -28,6 +28,20 @@ def test_torchrun_tells_who_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Launch.here() == Launch(1, 2, 1, 3, keeps_store=True)
 
 
+def test_restarts_on_several_machines_need_a_store_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
+) -> None:
+    for name, value in {**TOLD, "RANK": "0", "TORCHELASTIC_MAX_RESTARTS": "3"}.items():
+        monkeypatch.setenv(name, value)
+    Launch.here().check()
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    refused = cli("train", "--out", "none")
+    assert refused.status == 2
+    assert "needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; export it" in refused.err
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    Launch.here().check()
+
+
 def test_other_verbs_are_for_one_process(
     monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any], tmp_path: Path
 ) -> None:

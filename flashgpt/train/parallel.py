@@ -204,13 +204,9 @@ def started(how: Literal["ddp", "fsdp"], device: torch.device) -> Iterator[Paral
 
 
 def _join(launch: Launch, backend: str) -> None:
-    """Makes the process group of this start.
-
-    A store that outlives a restart has the addresses of processes that are gone
-    (https://github.com/pytorch/pytorch/issues/135712), so there each start has names of its own.
-    """
+    """Makes the process group of this start."""
     store, rank, size = next(rendezvous("env://"))
-    if launch.keeps_store:
+    if launch.keeps_store:  # so that names of an earlier start are others
         store = PrefixStore(f"start {launch.restarts}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 

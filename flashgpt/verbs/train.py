@@ -107,6 +107,7 @@ def main(argv: Sequence[str]) -> int:
     launch = Launch.here()
     args = read(argv)
     with usage():
+        launch.check()
         args.run.check(launch.size)
     if (args.print_config or args.replay) and launch.size > 1:
         raise UsageError("--print-config and --replay are for one process; leave torchrun out")
