@@ -36,6 +36,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "attention": {"usercache"},
     "model": {"attention", "config"},
     "tokenizer": set(),
+    "launch": set(),
     "locks": set(),
     "data": {"locks", "runconfig", "tokenizer"},
     "generation": {"attention", "config", "cudagraph", "model", "runconfig", "tokenizer"},
