@@ -22,10 +22,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from flashgpt.vocabulary import (
+    EOS,
+    byte_level,
+    byte_of_symbol,
+    check_ids,
+    gpt2_file,
+    read,
+    with_eos,
+)
+
 if TYPE_CHECKING:
     import tokenizers
 
-EOS = "<|endoftext|>"
+__all__ = ["EOS", "Tokenizer"]
+
 # A text that only a lossless tokenizer gives back: no leading space, runs of white space, composed,
 # decomposed and compatibility characters, NUL, and the special token's own spelling.
 _PROBE = "a  B\r\n\n\t\u00e9 e\u0301 \u212b \ufb01 \u3000\u4e2d\u6587 \U0001f642\x00 " + EOS
@@ -39,7 +50,8 @@ class Tokenizer:
             (no truncation, no padding, special tokens never read from text).
 
     Raises:
-        ValueError: `inner` is not byte-level, or lacks `<|endoftext|>`.
+        ValueError: `inner` is not byte-level, lacks `<|endoftext|>`, or has ids that two tokens
+            share or that are 2^20 or more.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
@@ -48,7 +60,8 @@ class Tokenizer:
         inner.encode_special_tokens = True
         self._inner = inner
         vocab = inner.get_vocab(with_added_tokens=True)
-        whole = _byte_of_symbol().keys() <= vocab.keys()
+        check_ids(vocab)
+        whole = byte_of_symbol().keys() <= vocab.keys()
         if not whole or self._bytes_of(self.encode(_PROBE)) != _PROBE.encode("utf-8"):
             raise ValueError("tokenizer must be byte-level and lose no text, got one that is not")
         if EOS not in vocab:
@@ -61,7 +74,7 @@ class Tokenizer:
         """One id a byte (id = value of the byte), and `<|endoftext|>` = 256."""
         from tokenizers import models
 
-        return cls(_with_eos(models.BPE(vocab=dict(_byte_of_symbol()), merges=[])))
+        return cls(with_eos(models.BPE(vocab=dict(byte_of_symbol()), merges=[])))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -81,14 +94,14 @@ class Tokenizer:
             raise ValueError(
                 f"vocab_size must be at least 257 (256 bytes, {EOS}), got {vocab_size}"
             )
-        inner = _byte_level(models.BPE())
+        inner = byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         inner.train_from_iterator(texts, trainer)
-        return cls(_with_eos(inner.model))
+        return cls(with_eos(inner.model))
 
     @classmethod
     def load(cls, where: str | Path) -> Tokenizer:
@@ -105,14 +118,14 @@ class Tokenizer:
         """
         if where == "bytes":
             return cls.bytes()
-        path = Path(_gpt2_file()) if where == "gpt2" else Path(where).expanduser()
+        path = Path(gpt2_file()) if where == "gpt2" else Path(where).expanduser()
         if not path.exists():
             raise ValueError(
                 "tokenizer must be bytes, gpt2, or a folder or tokenizer.json that exists (bpe is "
                 f"trained by flashgpt prepare), got {str(where)!r}"
             )
         try:
-            return cls(_read(path))
+            return cls(read(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -146,8 +159,13 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; no special token is added or read."""
-        return self._inner.encode(text, add_special_tokens=False).ids
+        """The ids of a text; no special token is added or read.
+
+        Raises:
+            ValueError: a lone surrogate, which is no character: half of one, or a byte that was
+                not UTF-8 where the text was read.
+        """
+        return self._encodings([text])[0].ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, spread over the CPU's cores."""
@@ -167,7 +185,12 @@ class Tokenizer:
                 yield [encoding.ids for encoding in running.result()]
 
     def _encodings(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-        return self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            return self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:
+            for text in texts:
+                _check_characters(text)
+            raise
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; specials are left out, invalid UTF-8 becomes U+FFFD.
@@ -192,7 +215,7 @@ class Tokenizer:
         vocab = self._inner.get_vocab(with_added_tokens=True)
         added = self._inner.get_added_tokens_decoder()
         special = {token for token, entry in added.items() if entry.special}
-        value = _byte_of_symbol()
+        value = byte_of_symbol()
         table = [b""] * (max(vocab.values()) + 1)
         for symbols, token in vocab.items():
             if token in special:
@@ -215,62 +238,12 @@ class Tokenizer:
         return hashlib.blake2b(canonical.encode("utf-8"), digest_size=32).hexdigest()
 
 
-@functools.cache
-def _byte_of_symbol() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: itself, or a character from U+0100 up."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (value for value in range(256) if value not in printable)
-    return {chr(value): value for value in sorted(printable)} | {
-        chr(0x100 + place): value for place, value in enumerate(others)
-    }
-
-
-def _byte_level(model: tokenizers.models.Model) -> tokenizers.Tokenizer:
-    import tokenizers
-
-    inner = tokenizers.Tokenizer(model)
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    return inner
-
-
-def _with_eos(model: tokenizers.models.Model) -> tokenizers.Tokenizer:
-    import tokenizers
-
-    inner = _byte_level(model)
-    inner.add_special_tokens([tokenizers.AddedToken(EOS, special=True, normalized=False)])
-    return inner
-
-
-def _read(path: Path) -> tokenizers.Tokenizer:
-    import tokenizers
-
-    if not path.exists():
-        raise ValueError("tokenizer must be bytes, gpt2, bpe, a folder or a tokenizer.json")
-    file = path / "tokenizer.json" if path.is_dir() else path
-    vocab, merges = path / "vocab.json", path / "merges.txt"
-    # The library raises plain Exception for every kind of broken file.
+def _check_characters(text: str) -> None:
     try:
-        if file.exists():
-            return tokenizers.Tokenizer.from_file(str(file))
-        if vocab.exists() and merges.exists():
-            return _with_eos(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
-    except Exception as error:
-        raise ValueError(f"tokenizer files must be readable, got: {error}") from error
-    raise ValueError("tokenizer folder must have tokenizer.json, or vocab.json and merges.txt")
-
-
-def _gpt2_file() -> str:
-    import huggingface_hub
-
-    for cached_only in (True, False):
-        try:
-            return huggingface_hub.hf_hub_download(
-                "gpt2", "tokenizer.json", local_files_only=cached_only
-            )
-        except OSError as error:
-            cause = error
-    raise ValueError(
-        "tokenizer gpt2 is neither in the Hugging Face cache nor can it be downloaded; give the "
-        "path of a GPT-2 tokenizer.json, or use bytes or bpe"
-    ) from cause
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise ValueError(
+            f"text must be of whole characters, got the surrogate {code} at place {error.start}; "
+            "give it as UTF-8"
+        ) from None

@@ -131,6 +131,7 @@ def test_a_text_ends_before_the_first_stop_string(trained: Any, cli: Cli) -> Non
         (["--file", "long.txt"], 1, "prompt 2: prompt must be at most context_length 32 tokens"),
         (["--file", "long.txt", "--prompt", "a"], 2, "--file must stand without --prompt"),
         (["--prompt", ""], 1, "prompt must hold at least one token"),
+        (["--prompt", "caf\udce9"], 1, "got the surrogate U+DCE9 at place 3; give it as UTF-8"),
         (["--samples", "0"], 2, "--samples must be at least 1, got 0"),
         (["--batch", "0"], 2, "--batch must be at least 1, got 0"),
         (["--logprobs", "3"], 2, "--logprobs is written with --jsonl"),
