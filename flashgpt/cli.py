@@ -25,7 +25,7 @@ VERBS = {
     "generate": "write text with a model",
     "convert": "to and from Hugging Face, nanoGPT, llm.c and others, with proof",
     "verify": "prove on this machine that both settings of use_flash agree",
-    "bench": "time and memory of attention kernels, or of a training step, on this machine",
+    "bench": "time and memory of attention, of a training step, of writing, on this machine",
     "info": "versions, devices, and which attention kernels can run here",
 }
 COMPILE = ("demo", "train", "verify")

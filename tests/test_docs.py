@@ -29,6 +29,7 @@ SHORTER = {
     "train": f"{SMALL} --train.steps 4",
     "bench attention": "--lengths 8 --tokens 64 --heads 2 --head-dim 16 --rounds 3",
     "bench train": "--preset tiny --context 8 --batch 1 --compile off --steps 1 --rounds 3",
+    "bench generate": "--preset tiny --ways ours --prompt 4 --new-tokens 4 --rounds 3",
 }
 TUNING = ["--train.tokens-per-step", "128", "--train.steps", "4"]
 VERBS = {
@@ -44,7 +45,7 @@ VERBS = {
         "convert",
     },
     "attention.md": {"bench", "verify"},
-    "generation.md": {"generate", "evaluate"},
+    "generation.md": {"generate", "evaluate", "bench"},
     "interchange.md": {"convert", "generate"},
     "performance.md": {"bench"},
     "training.md": {"prepare", "train", "verify", "generate", "evaluate"},

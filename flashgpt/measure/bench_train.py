@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import importlib.util
 import math
 import statistics
 import time
@@ -23,7 +22,7 @@ import torch
 
 from flashgpt.attention import kernels
 from flashgpt.config import GPTConfig
-from flashgpt.measure import failure, step_parts
+from flashgpt.measure import failure, peer, step_parts
 from flashgpt.measure.clock import MIN_ROUNDS, Call, alternate, device_peak, milliseconds
 from flashgpt.measure.flops import flop_per_token
 from flashgpt.measure.memory import peak_bytes
@@ -192,9 +191,7 @@ def measure(
 def _groups(setup: Setup, result: Result) -> list[list[Variant]]:
     """Variants that are held at a time; `result` hears of those that cannot be tried."""
     no_compiler = None if setup.compile == "off" else runtime.cannot_compile(setup.device)
-    no_peer = None if setup.peers else "left out by --no-peers"
-    if setup.peers and importlib.util.find_spec("transformers") is None:
-        no_peer = "left out, for transformers is not installed; pip install transformers"
+    no_peer = peer.missing() if setup.peers else "left out by --no-peers"
     how = {"both": (False, True), "on": (True,), "off": (False,)}[setup.compile]
     groups = []
     for p in setup.dropouts:

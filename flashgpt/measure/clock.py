@@ -15,6 +15,7 @@ CASE_SECONDS = 10.0  # `alternate` ends after this once it has MIN_ROUNDS
 CUDA_QUEUE_MS = 10.0
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
 PEAK_TRIES = 7
+MEMORY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # past every cache
 
 Call = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
@@ -27,6 +28,23 @@ def device_peak(dtype: torch.dtype, device: torch.device) -> float:
     torch.mm(a, a)
     best = min(milliseconds(lambda: torch.mm(a, a), device) for _ in range(PEAK_TRIES))
     return 2 * size**3 / best * 1e3
+
+
+def device_bandwidth(device: torch.device) -> float:
+    """Bytes per second of memory: a large tensor is added up, and copied; the better, of several.
+
+    What is copied counts twice, for it is read and written.
+    """
+    size = MEMORY_BYTES[device.type]
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    calls: dict[int, Call] = {size: source.sum, 2 * size: lambda: target.copy_(source)}
+    found = []
+    for moved, call in calls.items():
+        call()
+        best = min(milliseconds(call, device) for _ in range(PEAK_TRIES))
+        found.append(moved / best * 1e3)
+    return max(found)
 
 
 def milliseconds(call: Call, device: torch.device) -> float:

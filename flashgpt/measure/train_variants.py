@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from flashgpt.config import GPTConfig
+from flashgpt.measure import peer
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import TrainConfig
 from flashgpt.train import optimizer, runtime
@@ -60,26 +61,9 @@ def _own_model(cfg: GPTConfig, variant: Variant) -> nn.Module:
 
 
 def _peer(cfg: GPTConfig, variant: Variant) -> nn.Module:
-    """Hugging Face's GPT-2 of the same shape, as it comes, with PyTorch's fused attention."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    p = variant.dropout
-    settings: dict[str, Any] = {
-        "vocab_size": cfg.vocab_size,
-        "n_positions": cfg.context_length,
-        "n_embd": cfg.emb_dim,
-        "n_layer": cfg.n_layers,
-        "n_head": cfg.n_heads,
-        "activation_function": cfg.activation,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), p),
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
-        "tie_word_embeddings": cfg.tie_weights,
-        "use_cache": False,
-        "attn_implementation": "sdpa",
-    }
-    model = GPT2LMHeadModel(GPT2Config(**settings))
+    model: Any = peer.hugging_face(cfg, variant.dropout)
     model.loss_type = "ForCausalLM"  # what it takes anyway, but then with a warning
-    return model
+    return cast(nn.Module, model)
 
 
 def _optimizer_of_peer(model: nn.Module) -> Optimizer:

@@ -1,14 +1,16 @@
-"""Time and memory on this machine: of attention kernels, or of the whole training step.
+"""Time and memory on this machine: of attention kernels, of the training step, of writing.
 
   attention  every kernel, forward and backward, over sequence lengths, beside PyTorch's own doors
   train      a full training step, switch on and off, beside Hugging Face's GPT-2
+  generate   time to the first token and tokens per second, beside Hugging Face's GPT-2
 
 Each prints a table, writes raw JSON and pictures into a folder, and ends with one line of JSON.
-flashgpt bench attention --help and flashgpt bench train --help show the options.
+flashgpt bench attention --help (train, generate) shows the options.
 
 examples:
   flashgpt bench attention
   flashgpt bench train
+  flashgpt bench generate
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from flashgpt.cli import UsageError
 if TYPE_CHECKING:
     import torch
 
-SUBJECTS = ("attention", "train")
+SUBJECTS = ("attention", "train", "generate")
 
 
 def main(argv: Sequence[str]) -> int:

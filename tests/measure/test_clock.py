@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from flashgpt.measure import clock
-from flashgpt.measure.clock import MIN_ROUNDS, Call, alternate, device_peak, milliseconds
+from flashgpt.measure.clock import (
+    MIN_ROUNDS,
+    Call,
+    alternate,
+    device_bandwidth,
+    device_peak,
+    milliseconds,
+)
 
 CPU = torch.device("cpu")
 
@@ -50,3 +57,13 @@ def test_the_peak_is_the_best_of_several(monkeypatch: pytest.MonkeyPatch) -> Non
     times = iter([4.0, 2.0, 8.0, 4.0, 4.0, 4.0, 4.0])
     monkeypatch.setattr(clock, "milliseconds", lambda call, device: next(times))
     assert device_peak(torch.float32, CPU) == 2 * 8**3 / 2e-3
+
+
+def test_the_speed_of_memory_is_the_better_of_reading_and_copying(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(clock.MEMORY_BYTES, "cpu", 4000)
+    for read, copy, best in ((2.0, 8.0, 4000 / 2e-3), (2.0, 3.0, 2 * 4000 / 3e-3)):
+        times = iter([9.0] * 6 + [read] + [copy] + [9.0] * 6)
+        monkeypatch.setattr(clock, "milliseconds", lambda call, device, times=times: next(times))
+        assert device_bandwidth(CPU) == best

@@ -96,9 +96,9 @@ def test_saved_is_what_choose_reads(cli: Cli, tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[str, int, list[str]]] = [
-    ("", 2, ["bench measures one of attention, train, got nothing"]),
-    ("decode", 2, ["bench measures one of attention, train, got 'decode'"]),
-    ("--lengths 8", 2, ["bench measures one of attention, train, got '--lengths'"]),
+    ("", 2, ["bench measures one of attention, train, generate, got nothing"]),
+    ("decode", 2, ["bench measures one of attention, train, generate, got 'decode'"]),
+    ("--lengths 8", 2, ["bench measures one of attention, train, generate, got '--lengths'"]),
     ("attention --lengths 0", 2, ["lengths must be at least 1, got 0"]),
     ("attention --lengths x", 2, ["--lengths", "'x'"]),
     ("attention --tokens 0", 2, ["tokens must be at least 1, got 0"]),
