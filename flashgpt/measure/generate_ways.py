@@ -7,7 +7,6 @@ Legend: B rows, P tokens of a prompt, C new tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +17,6 @@ from torch import Tensor
 from flashgpt.config import GPTConfig
 from flashgpt.generation.decode import decode_rows
 from flashgpt.generation.rows import Row
-from flashgpt.interop.foreign import with_zero_biases
-from flashgpt.interop.weights import HUGGINGFACE, rows, to_theirs
 from flashgpt.measure import peer
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import SampleConfig
@@ -67,12 +64,7 @@ def hugging_face(own: GPTModel) -> dict[str, Write]:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    theirs: Any = peer.hugging_face(own.cfg, 0.0)
-    # Its query-key-value layer always has a bias; zeros where ours has none.
-    biased = dataclasses.replace(own.cfg, qkv_bias=True)
-    weights = with_zero_biases(biased, own.state_dict())
-    theirs.load_state_dict(to_theirs(rows(HUGGINGFACE, own.cfg.n_layers), weights))
-    theirs = theirs.to(own.wte.weight.device, own.wte.weight.dtype).eval()
+    theirs: Any = peer.with_weights_of(own)
     theirs.generation_config.eos_token_id = None  # a text goes on to its last token
     compiled: Any = transformers.CompileConfig()
     compiled._compile_all_devices = True  # else a CPU is left out

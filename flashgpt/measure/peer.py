@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from typing import Any
 
 from torch import nn
 
 from flashgpt.config import GPTConfig
+from flashgpt.interop.foreign import with_zero_biases
+from flashgpt.interop.weights import HUGGINGFACE, rows, to_theirs
+from flashgpt.model.gpt2 import GPTModel
 
 
 def missing() -> str | None:
@@ -35,3 +39,13 @@ def hugging_face(cfg: GPTConfig, dropout: float) -> nn.Module:
         "attn_implementation": "sdpa",
     }
     return GPT2LMHeadModel(GPT2Config(**settings))
+
+
+def with_weights_of(own: GPTModel) -> nn.Module:
+    """`hugging_face` with the weights of a model of ours: its dtype and device, in eval mode."""
+    theirs = hugging_face(own.cfg, 0.0)
+    # Its query-key-value layer always has a bias; zeros where ours has none.
+    biased = dataclasses.replace(own.cfg, qkv_bias=True)
+    weights = with_zero_biases(biased, own.state_dict())
+    theirs.load_state_dict(to_theirs(rows(HUGGINGFACE, own.cfg.n_layers), weights))
+    return theirs.to(own.wte.weight.device, own.wte.weight.dtype).eval()

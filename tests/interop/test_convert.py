@@ -112,14 +112,15 @@ def test_transformers_computes_the_same_from_what_is_written(tmp_path: Path, kin
     assert expected.std() > 1 and done.proof.rule < 1e-4
 
 
-def test_a_hugging_face_model_goes_round(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_hugging_face_model_goes_round(tmp_path: Path, dtype: torch.dtype) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=V, n_positions=T, n_embd=D, n_layer=L, n_head=N, activation_function="gelu",
         bos_token_id=3, eos_token_id=3,
     )  # fmt: skip
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "hf")
+    transformers.GPT2LMHeadModel(config).to(dtype).save_pretrained(tmp_path / "hf")
     before = load_file(tmp_path / "hf" / "model.safetensors")
     steps = [("hf", "ours"), ("ours", "nanogpt"), ("nanogpt", "huggingface")]
     for start, end in steps:
