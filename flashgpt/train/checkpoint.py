@@ -241,7 +241,8 @@ def load(path: str | Path, *, best: bool = False) -> tuple[GPTModel, Tokenizer |
         best: of a run, the checkpoint with the lowest validation loss.
 
     Raises:
-        ValueError: nothing that can be loaded, or it is damaged; the message names it.
+        ValueError: nothing that can be loaded, it is damaged, or the tokenizer is another model's;
+            the message names it.
     """
     for _ in range(READ_AGAIN):
         folder = model_folder(Path(path), best)
@@ -250,12 +251,24 @@ def load(path: str | Path, *, best: bool = False) -> tuple[GPTModel, Tokenizer |
                 check(folder)
             model = huggingface.load(folder).eval()
             tokenizer = Tokenizer.load(folder) if has_tokenizer(folder) else None
+            if tokenizer is not None:
+                _check_fit(folder, tokenizer, model.cfg.vocab_size)
             if folder.exists():
                 return model, tokenizer
         except (ValueError, OSError):
             if folder.exists():
                 raise
     raise ValueError(f"{path} is changing too fast to be read; wait until its training has ended")
+
+
+def _check_fit(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuses a tokenizer whose texts the model cannot read; special tokens may be of no use."""
+    largest = max(tokenizer.eos_id, int(tokenizer.byte_lengths.nonzero()[0][-1]))
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer must have ids below the model's vocab_size {vocab_size}, got "
+            f"{largest}; it is another model's: put the right one beside the weights"
+        )
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -266,9 +279,11 @@ def has_tokenizer(folder: Path) -> bool:
 def model_folder(path: Path, best: bool = False) -> Path:
     """Where `load` finds model and tokenizer; raises what it raises."""
     if (path / "config.json").exists():
+        if best:
+            raise ValueError(f"{path} is one model, not a run with a best one; leave --best out")
         return path
     if not path.is_dir():
-        if not path.exists() and (cached := hub.find(path.as_posix())):
+        if not (path.exists() or best) and (cached := hub.find(path.as_posix())):
             return cached
         raise ValueError(f"{path} is no folder; name a run or a GPT-2 folder")
     if best:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -90,6 +91,8 @@ def test_a_state_dict_needs_its_heads_to_be_told(tmp_path: Path, cli: Cli) -> No
     assert load(out)[0].cfg.n_heads == 3
     wrong = cli("convert", path, tmp_path / "no", "--n-heads", 5).error(1)
     assert "emb_dim 24 and n_heads 5" in wrong
+    none = cli("convert", path, tmp_path / "no", "--n-heads", 0).error(1)
+    assert "n_heads must be at least 1, got 0" in none
     told = cli("convert", out, tmp_path / "no", "--n-heads", 3).error(1)
     assert "--n-heads is for state dicts alone" in told
     nested = {"model_state_dict": stand_ins.from_scratch_state(), "optimizer_state_dict": {}}
@@ -245,6 +248,10 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda p: _beside_bytes(_nanogpt(p, vocab=900)),
         "the tokenizer must have the model's vocabulary of 900 ids, got 257",
     ),
+    "tokenizer of which half is missing": (
+        lambda p: _text(_nanogpt(p).with_name("vocab.json"), "{}").with_name("ckpt.pt"),
+        "must have tokenizer.json, or vocab.json and merges.txt; it lacks merges.txt",
+    ),
     "tokenizer damaged": (
         lambda p: _text(_nanogpt(p).with_name("tokenizer.json"), "{").with_name("ckpt.pt"),
         "tokenizer files must be readable",
@@ -260,6 +267,18 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path: Path, cli: Cli, ca
     heads = ("--n-heads", N) if case.startswith("from-scratch") else ()
     assert message in cli("convert", source, tmp_path / "out", *heads).error(1)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_named_tokenizer_that_is_none_leaves_nothing(tmp_path: Path, cli: Cli) -> None:
+    source, out = _nanogpt(tmp_path), tmp_path / "out"
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": {"a": 0}, "itos": {0: "a"}}))
+    for named, message in (
+        (tmp_path / "meta.pkl", "meta.pkl: it is a pickle, which may hold code, and is not read"),
+        ("nowhere", "must be bytes, gpt2, or a folder or tokenizer.json that exists"),
+        ("bytes", "the tokenizer must have the model's vocabulary of 61 ids, got 257"),
+    ):
+        assert message in cli("convert", source, out, "--tokenizer", named).error(1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "meta.pkl"]
 
 
 def test_nothing_is_overwritten(tmp_path: Path, cli: Cli) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from flashgpt.attention import kernels
 from flashgpt.generation.text import TextGenerator
 from flashgpt.runconfig import SampleConfig
+from flashgpt.tokenizer import Tokenizer
 from flashgpt.train.checkpoint import load
 
 Cli = Callable[..., Any]
@@ -139,6 +142,8 @@ def test_a_text_ends_before_the_first_stop_string(trained: Any, cli: Cli) -> Non
         (["--stop-ids", "257"], 1, "stop_ids must be below the tokenizer's vocab_size 257"),
         (["--stop", ""], 2, "sample.stop must hold texts that are not empty"),
         (["--top-p", "1.5"], 2, "sample.top_p must be in (0, 1], got 1.5"),
+        (["--top-p", "0"], 2, "sample.top_p must be in (0, 1], got 0.0"),
+        (["--min-p", "nan"], 2, "sample.min_p must be finite, got nan"),
         (["--temperature=-1"], 2, "sample.temperature must not be negative, got -1.0"),
     ],
 )
@@ -157,3 +162,83 @@ def test_wrong_input_is_one_line(
     Path("long.txt").write_text("a\n" + "b" * 33)
     ran = cli("generate", trained.folder, *asked)
     assert message in ran.error(status) and ran.out == ""
+
+
+@pytest.fixture
+def model(trained: Any, tmp_path: Path) -> Path:
+    """The tiny run's model as a folder of its own, to be damaged."""
+    folder = tmp_path / "model"
+    shutil.copytree(trained.checkpoints[-1], folder, ignore=shutil.ignore_patterns("trainer"))
+    return folder
+
+
+def _cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def _config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# What is done to a model's folder, and what must be said of it.
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no model": (shutil.rmtree, "model is no folder; name a run or a GPT-2 folder"),
+    "empty": (
+        lambda p: [path.unlink() for path in p.iterdir()],
+        "model holds neither checkpoints nor config.json",
+    ),
+    "another architecture": (
+        lambda p: _config(p, model_type="llama"),
+        "config.json: model_type must be 'gpt2', got 'llama'",
+    ),
+    "weights cut short": (
+        lambda p: _cut(p / "model.safetensors", 5000),
+        "model.safetensors cannot be read as safetensors",
+    ),
+    "weights missing": (
+        lambda p: (p / "model.safetensors").unlink(),
+        "model.safetensors cannot be read as safetensors",
+    ),
+    "config cut short": (lambda p: _cut(p / "config.json", 40), "config.json cannot be read"),
+    "tokenizer cut short": (
+        lambda p: _cut(p / "tokenizer.json", 300),
+        "model: tokenizer files must be readable",
+    ),
+    "tokenizer missing": (
+        lambda p: (p / "tokenizer.json").unlink(),
+        "model has no tokenizer; put a tokenizer.json beside its weights",
+    ),
+    "tokenizer of another model": (
+        lambda p: Tokenizer.train(["the cat sat on the mat " * 50], 262).save(p),
+        "the tokenizer must have ids below the model's vocab_size 257, got 261; it is another "
+        "model's: put the right one beside the weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_model_that_is_none_is_one_line(model: Path, cli: Cli, case: str) -> None:
+    damage, message = DAMAGED[case]
+    damage(model)
+    ran = cli("generate", model, "--prompt", "x")
+    assert message in ran.error(1) and ran.out == ""
+
+
+def test_a_special_token_past_the_model_is_of_no_use_and_no_harm(
+    trained: Any, model: Path, cli: Cli
+) -> None:
+    path = model / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens(["[PAD]"])
+    tokenizer.save(str(path))
+    asked = ("--prompt", "x[PAD]", "--temperature", 0)
+    assert cli("generate", model, *asked).done() == cli("generate", trained.folder, *asked).done()
+
+
+def test_best_is_of_a_run(model: Path, cli: Cli) -> None:
+    said = cli("generate", model, "--best").error(1)
+    assert "model is one model, not a run with a best one; leave --best out" in said
+    out = model.parent / "out"
+    assert "leave --best out" in cli("convert", model, out, "--best").error(1)
+    assert not out.exists()
