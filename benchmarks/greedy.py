@@ -7,9 +7,9 @@ greedy   a trained model: so many tokens after the beginnings of so many lines o
          switch on and off. A text passes where every token is that of transformers' generate.
 
 Writes greedy.json, prints a line for each shape and setting and, last, one line of JSON; status 1
-if one does not pass. Four minutes on two cores. From the root of the checkout:
+if one does not pass. A few minutes on two cores. From the root of the checkout:
 
-    flashgpt train --data.source stdlib --model.context-length 256 --train.steps 600 --out runs/greedy
+    flashgpt train --data.source stdlib --model.context-length 256 --train.steps 250 --out runs/greedy
     python -m benchmarks.greedy runs/greedy
 """  # noqa: E501  # a command to copy
 

@@ -12,6 +12,7 @@ Legend: B rows, P tokens of a prompt, C new tokens.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import statistics
 import time
@@ -42,6 +43,36 @@ class _Timed:
     first: list[float]
     first_call_seconds: float
     ids_BC: Tensor
+
+
+class _Runner:
+    """Writes for one way until it fails; then calls do nothing.
+
+    A peer may fail in its own way, a fault of ours is not hidden.
+    """
+
+    def __init__(self, way: str, write: Write, prompt_BP: Tensor) -> None:
+        self.way, self.write, self.prompt_BP = way, write, prompt_BP
+        self.first_seconds = 0.0
+        self.first_BC: Tensor | None = None
+        self.failure: str | None = None
+
+    def call(self, count: int) -> None:
+        """Writes so many tokens after each prompt; the first text is kept."""
+        if self.failure:
+            return
+        start = time.perf_counter()
+        try:
+            ids_BC = self.write(self.prompt_BP, count)
+        except Exception as error:
+            self.failure = failure.reason(error)
+            if self.way == OURS and self.failure != failure.OUT_OF_MEMORY:
+                raise
+            return
+        if ids_BC.shape != (len(self.prompt_BP), count):
+            self.failure = f"wrote {list(ids_BC.shape)} tokens, not {count} for each text"
+        elif self.first_BC is None:
+            self.first_seconds, self.first_BC = time.perf_counter() - start, ids_BC
 
 
 def measure(
@@ -133,57 +164,29 @@ def _texts(
 ) -> list[_Timed]:
     """Times whole texts and first tokens of all ways, in turns."""
     prompt_BP = _prompt(setup, batch, setup.prompt)
-    ready: dict[str, tuple[float, Tensor]] = {}
-    calls: dict[tuple[str, int], Call] = {}
+    runners: dict[str, _Runner] = {}
     for way, write in writers.items():
         note(f"{WAYS[way]}, batch {batch}")
-        try:
-            ready[way] = _warm(write, prompt_BP, setup.new_tokens)
-        except Exception as error:
-            _refuse(result, way, batch, error)
-            continue
-        for count in (1, setup.new_tokens):
-            calls[way, count] = _call(write, prompt_BP, count)
+        runners[way] = runner = _Runner(way, write, prompt_BP)
+        for count in (setup.new_tokens, setup.new_tokens, 1):  # the first text compiles
+            runner.call(count)
     tick(1)
-    try:
-        times = alternate(
-            calls,
-            setup.rounds,
-            lambda call: milliseconds(call, setup.device),
-            lambda n: tick(1 + n),
-        )
-    except torch.OutOfMemoryError as error:
-        for way in ready:
-            _refuse(result, way, batch, error)
-        return []
-    return [
-        _Timed(way, batch, times[way, setup.new_tokens], times[way, 1], seconds, ids_BC)
-        for way, (seconds, ids_BC) in ready.items()
-    ]
-
-
-def _call(write: Write, prompt_BP: Tensor, count: int) -> Call:
-    return lambda: write(prompt_BP, count)
-
-
-def _warm(write: Write, prompt_BP: Tensor, count: int) -> tuple[float, Tensor]:
-    """Seconds of the first text, and its tokens."""
-    start = time.perf_counter()
-    ids_BC = write(prompt_BP, count)
-    seconds = time.perf_counter() - start
-    if ids_BC.shape != (len(prompt_BP), count):
-        raise RuntimeError(f"it wrote {list(ids_BC.shape)} tokens, not {count} for each text")
-    for again in (count, 1):
-        write(prompt_BP, again)
-    return seconds, ids_BC
-
-
-def _refuse(result: Result, way: str, batch: int | None, error: Exception) -> None:
-    """A peer may fail in its own way; a fault of ours is not hidden."""
-    reason = failure.reason(error)
-    if way == OURS and reason != failure.OUT_OF_MEMORY:
-        raise error
-    result.refused.append(Refused(way, batch, reason))
+    calls = {
+        (way, count): functools.partial(runner.call, count)
+        for way, runner in runners.items()
+        for count in (1, setup.new_tokens)
+    }
+    times = alternate(calls, setup.rounds, _timer(setup), lambda done: tick(1 + done))
+    timed = []
+    for way, runner in runners.items():
+        if runner.failure:
+            result.refused.append(Refused(way, batch, runner.failure))
+        else:
+            assert runner.first_BC is not None, "what has not failed has written"
+            whole, first = times[way, setup.new_tokens], times[way, 1]
+            seconds = runner.first_seconds
+            timed.append(_Timed(way, batch, whole, first, seconds, runner.first_BC))
+    return timed
 
 
 def _first_tokens(
@@ -191,17 +194,20 @@ def _first_tokens(
 ) -> None:
     length = min(LONG_PROMPT, setup.cfg.context_length - 1)
     note(f"first token after {length:,}")
-    prompt_BP = _prompt(setup, 1, length)
-    calls: dict[str, Call] = {}
-    for way, write in writers.items():
-        try:
-            write(prompt_BP, 1)
-            calls[way] = _call(write, prompt_BP, 1)
-        except Exception as error:
-            _refuse(result, way, None, error)
-    times = alternate(calls, setup.rounds, lambda call: milliseconds(call, setup.device))
-    for way, ms in times.items():
-        result.first.append(First(way, length, *_spread(ms)))
+    runners = {way: _Runner(way, w, _prompt(setup, 1, length)) for way, w in writers.items()}
+    calls = {way: functools.partial(runner.call, 1) for way, runner in runners.items()}
+    for call in calls.values():
+        call()
+    times = alternate(calls, setup.rounds, _timer(setup))
+    for way, runner in runners.items():
+        if runner.failure:
+            result.refused.append(Refused(way, None, runner.failure))
+        else:
+            result.first.append(First(way, length, *_spread(times[way])))
+
+
+def _timer(setup: Setup) -> Callable[[Call], float]:
+    return lambda call: milliseconds(call, setup.device)
 
 
 def _judge(setup: Setup, one: _Timed, own_BC: Tensor | None, result: Result) -> None:

@@ -134,7 +134,7 @@ def test_a_peer_that_stops_early_is_no_row(monkeypatch: pytest.MonkeyPatch) -> N
     _changed(monkeypatch, DYNAMIC, lambda ids: ids[:, :4])
     found = measure(_setup(batches=(3,)))
     assert [row.way for row in found.rows] == [OURS]
-    assert "it wrote [3, 4] tokens, not 10" in _reasons(found)[DYNAMIC, 3]
+    assert "wrote [3, 4] tokens, not 10" in _reasons(found)[DYNAMIC, 3]
 
 
 def test_the_compiled_way_goes_through_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +167,23 @@ def test_what_cannot_be_tried_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.way for row in missing.rows] == [OURS]
     assert "transformers is not installed" in _reasons(missing)[DYNAMIC, 1]
     assert "transformers" not in record(SETUP, missing, {})["environment"]
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])  # a warm-up, the first round, the second
+def test_a_peer_that_fails_later_is_no_row(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def change(ids: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == at + 1:
+            raise RuntimeError("overwritten by a later run")
+        return ids
+
+    _changed(monkeypatch, DYNAMIC, change)
+    found = measure(_setup(batches=(3,)))
+    assert [row.way for row in found.rows] == [OURS]
+    assert _reasons(found) == {(DYNAMIC, 3): "RuntimeError: overwritten by a later run"}
 
 
 def _failing(error: Exception) -> Any:
