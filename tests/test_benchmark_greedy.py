@@ -85,3 +85,22 @@ def test_a_token_that_is_another_is_found() -> None:
         patch.setattr(peer, "with_weights_of", lambda own: other)
         (found,) = greedy.greedy(model, [[1, 2, 3]], 10)
     assert max(found["equal"].values()) < 10
+
+
+def test_the_chapter_on_interchange_says_what_was_found() -> None:
+    root = Path(greedy.__file__).parents[1]
+    record = json.loads((root / "benchmarks" / "greedy" / "greedy.json").read_text())
+    page = (root / "docs" / "interchange.md").read_text().split("### Beside transformers")[1]
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line[:1] == "|"][2:]
+    for (name, *cells), shape in zip(lines, record["logits"].values(), strict=True):
+        errs = [shape["transformers"], shape["ours"]["on"], shape["ours"]["off"]]
+        assert cells == [f"{value:.1e}" for value in errs], name
+        assert shape["holds"] and shape["shape"]["n_layers"] == 4
+    assert [line[0] for line in lines] == list(record["logits"]) == list(greedy.SHAPES)
+    texts, whole = record["greedy"], record["tokens"]
+    assert all(text["equal"] == {"on": whole, "off": whole} for text in texts)
+    assert f"{len(texts)} texts of {whole} greedy tokens" in " ".join(page.split())
+    seen = [text["distinct"] for text in texts]
+    assert f"({min(seen)} to {max(seen)} different ones in each)" in " ".join(page.split())
+    where = record["environment"]
+    assert f"`transformers` {where['transformers']}" in page and where["date"] == "2026-11-25"

@@ -1,13 +1,16 @@
 """Speed of writing on this machine, beside Hugging Face's GPT-2 and the limit of its memory.
 
 Greedy texts of random weights, the same ones for all: the time to the first token after a prompt of
-1,000 tokens (or as many as the context has), and tokens per second of texts side by side. Ways:
-ours; dynamic, Hugging Face's generate as it comes; static, the same with a static cache and
-torch.compile, which takes half a minute for each batch. The limit is what memory, read as fast as a
-large tensor in the same run, gives: every weight once, and the keys and values of each text. A
-model that fits in a cache may pass it. Tokens are compared: in fp32 they are equal but for near
-ties, in bf16 each way rounds in its own order. OUT gets generate.json and generate.png; the last
-line printed is the content of generate.json.
+1,000 tokens (or as many as the context has), and tokens per second of texts side by side.
+
+  ours     as flashgpt generate writes
+  dynamic  Hugging Face's generate as it comes
+  static   the same with a static cache and torch.compile, half a minute for each batch
+
+The limit is what memory, read as fast as a large tensor in the same run, gives: every weight once,
+and the keys and values of each text. A model that fits in a cache may pass it. Tokens are compared:
+in fp32 they are equal but for near ties, in bf16 each way rounds in its own order. OUT gets
+generate.json and generate.png; the last line printed is the content of generate.json.
 
 examples:
   flashgpt bench generate
