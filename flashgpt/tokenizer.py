@@ -189,7 +189,7 @@ class Tokenizer:
             return self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:
             for text in texts:
-                _check_characters(text)
+                utf8(text)  # says which character it is
             raise
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -238,9 +238,14 @@ class Tokenizer:
         return hashlib.blake2b(canonical.encode("utf-8"), digest_size=32).hexdigest()
 
 
-def _check_characters(text: str) -> None:
+def utf8(text: str) -> bytes:
+    """The bytes of a text.
+
+    Raises:
+        ValueError: it holds a lone surrogate, which has none; the first one is named.
+    """
     try:
-        text.encode("utf-8")
+        return text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
         raise ValueError(

@@ -322,20 +322,6 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert done.stdout == "[" and done.stderr == ""
 
 
-def test_ids_outside_the_vocabulary(copied: Any, cli: Cli, places: dict[str, str]) -> None:
-    """A tokenizer that does not belong to the model."""
-    from flashgpt.tokenizer import Tokenizer
-
-    folder = copied.checkpoints[-1]
-    plain = Path("plain")
-    plain.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (plain / name).write_bytes((folder / name).read_bytes())
-    Tokenizer.train([Path(places["TEXT"]).read_text()], 300).save(plain)
-    line = cli("generate", plain, "--prompt", "the cat sat").error(1)
-    assert "prompt ids must be in 0 .. 256 (vocab_size 257)" in line
-
-
 @pytest.mark.parametrize("name", ["train-00000.bin", "val-00000.bin", "tokenizer.json"])
 def test_a_damaged_token_file(
     cli: Cli, places: dict[str, str], options: list[str], flip: Callable[..., None], name: str

@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable
 
-from flashgpt.tokenizer import Tokenizer
+from flashgpt.tokenizer import Tokenizer, utf8
 
 
 class StopStrings:
@@ -63,11 +63,14 @@ class TextStream:
 
     Args:
         stops: stop strings, none of them empty.
+
+    Raises:
+        ValueError: a stop string with half a character.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = ()) -> None:
         self._table = tokenizer.token_bytes
-        self._stops = StopStrings(stop.encode("utf-8") for stop in stops)
+        self._stops = StopStrings(map(utf8, stops))
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.stopped = False
 

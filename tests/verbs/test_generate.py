@@ -140,6 +140,7 @@ def test_a_text_ends_before_the_first_stop_string(trained: Any, cli: Cli) -> Non
         (["--logprobs", "3"], 2, "--logprobs is written with --jsonl"),
         (["--logprobs", "300", "--jsonl"], 1, "logprobs must be in 0 .. vocab_size 257, got 300"),
         (["--stop-ids", "257"], 1, "stop_ids must be below the tokenizer's vocab_size 257"),
+        (["--stop", "\udcff"], 1, "got the surrogate U+DCFF at place 0; give it as UTF-8"),
         (["--stop", ""], 2, "sample.stop must hold texts that are not empty"),
         (["--top-p", "1.5"], 2, "sample.top_p must be in (0, 1], got 1.5"),
         (["--top-p", "0"], 2, "sample.top_p must be in (0, 1], got 0.0"),
