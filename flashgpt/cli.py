@@ -26,9 +26,10 @@ VERBS = {
     "convert": "to and from Hugging Face, nanoGPT, llm.c and others, with proof",
     "verify": "prove on this machine that both settings of use_flash agree",
     "bench": "time and memory of attention, of a training step, of writing, on this machine",
+    "plan": "which micro-batch fits and is fastest here; what larger machines would do",
     "info": "versions, devices, and which attention kernels can run here",
 }
-COMPILE = ("demo", "train", "verify")
+COMPILE = ("demo", "plan", "train", "verify")
 PARALLEL = ("train",)  # may run in several processes
 OLDEST_TORCH = (2, 9)
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130

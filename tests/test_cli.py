@@ -105,7 +105,7 @@ def test_examples_are_understood(
     assert program == "flashgpt"
     name = f"bench_{arguments.pop(0)}" if verb == "bench" else verb
     module = importlib.import_module(f"flashgpt.verbs.{name}")
-    if verb == "train":
+    if verb in ("train", "plan"):
         module.read(arguments)
     else:
         parse(module.Args, verb, arguments, module.__doc__)
@@ -247,7 +247,7 @@ def test_compiled_code_goes_into_the_users_cache(
 
     monkeypatch.setenv("FLASHGPT_CACHE", str(tmp_path / "new"))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    compiles = verb in ("demo", "train", "verify")
+    compiles = verb in ("demo", "plan", "train", "verify")
     assert place() == (str(tmp_path / "new" / "compile") if compiles else None)
     assert not (tmp_path / "new").exists()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")

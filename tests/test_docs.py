@@ -28,6 +28,7 @@ SHORTER = {
     "demo": "--seconds 1 --out runs/demo",
     "train": f"{SMALL} --train.steps 4",
     "bench attention": "--lengths 8 --tokens 64 --heads 2 --head-dim 16 --rounds 3",
+    "plan": f"{SMALL} --seconds 2",
     "bench train": "--preset tiny --context 8 --batch 1 --compile off --steps 1 --rounds 3",
     "bench generate": "--preset tiny --ways ours --prompt 4 --new-tokens 4 --rounds 3",
 }
@@ -43,11 +44,13 @@ VERBS = {
         "train",
         "bench",
         "convert",
+        "plan",
     },
     "attention.md": {"bench", "verify"},
     "generation.md": {"generate", "evaluate", "bench"},
     "interchange.md": {"convert", "generate"},
     "performance.md": {"bench"},
+    "planning.md": {"plan", "train"},
     "training.md": {"prepare", "train", "verify", "generate", "evaluate"},
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

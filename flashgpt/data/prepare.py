@@ -99,6 +99,19 @@ def prepare(
     return folder
 
 
+def expected_vocab_size(data: DataConfig) -> int:
+    """Ids of the tokenizer that `prepare` will use (count); of one that is to be trained those that
+    are asked for: a short text gives fewer.
+
+    Raises:
+        ValueError: the tokenizer, or the prepared folder, cannot be read.
+    """
+    ready = Path(data.source[0]).expanduser()
+    if (ready / "dataset.json").is_file():
+        return Tokenizer.load(ready).vocab_size
+    return data.vocab_size if data.tokenizer == "bpe" else Tokenizer.load(data.tokenizer).vocab_size
+
+
 def _accept(ready: Path, data: DataConfig, out: Path | None) -> Path:
     """A prepared folder given as the source, if nothing asked for contradicts it."""
     if out is not None:

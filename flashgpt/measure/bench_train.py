@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import math
 import statistics
 import time
@@ -25,7 +24,7 @@ from flashgpt.config import GPTConfig
 from flashgpt.measure import failure, peer, step_parts
 from flashgpt.measure.clock import MIN_ROUNDS, Call, alternate, device_peak, milliseconds
 from flashgpt.measure.flops import flop_per_token
-from flashgpt.measure.memory import peak_bytes
+from flashgpt.measure.memory import peak_bytes, release
 from flashgpt.measure.train_variants import HUGGING_FACE, OFF, ON, TRAIN, Variant, build
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.train import graph, runtime
@@ -179,7 +178,7 @@ def measure(
         progress(done, total)
         _measure_group(setup, group, result, note, tick)
         done += size * (1 + setup.rounds)
-        _release(setup.device)
+        release(setup.device)
     progress(total, total)
     # A busy machine may have been slower at the start than it was later: the better one counts.
     result.peak_flop_per_second = max(peak, device_peak(dtype, setup.device))
@@ -317,14 +316,6 @@ def _row(
         graph=ready.graph,
         parts=parts,
     )
-
-
-def _release(device: torch.device) -> None:
-    """Gives back the memory of variants that are gone."""
-    torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _wait(device: torch.device) -> None:

@@ -62,10 +62,32 @@ def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor) -> 
     return loss
 
 
-def _chunk_rows(x_MD: Tensor, vocab: int) -> int:
-    if x_MD.is_cuda:
+def chunk_bytes(device: torch.device, vocab: int, dtype: torch.dtype, rows: int) -> int:
+    """Bytes of the logits, and of what is made of them, that exist at once in a training step.
+
+    They grow with the rows up to some thousands of them and no further.
+
+    Args:
+        dtype: of the products.
+        rows: that go through the head in one pass.
+    """
+    if device.type == "cuda" and _has_kernel(dtype):
+        return min(rows, CHUNK_ROWS_TRITON) * _columns(vocab) * dtype.itemsize
+    wide = torch.promote_types(dtype, torch.float32)
+    chunk = _chunk_rows(device, vocab)
+    # Logits and softmax; the softmax of one chunk is let go when that of the next is there.
+    counted = 2 * min(rows, chunk) + min(max(rows - chunk, 0), chunk)
+    return counted * vocab * wide.itemsize
+
+
+def _chunk_rows(device: torch.device, vocab: int) -> int:
+    if device.type == "cuda":
         return CHUNK_ROWS_CUDA
     return max(CHUNK_MIN_ROWS, CHUNK_LOGITS // vocab)
+
+
+def _columns(vocab: int) -> int:
+    return -(-vocab // COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
 
 
 @torch.library.custom_op("flashgpt::linear_cross_entropy", mutates_args=())
@@ -92,7 +114,7 @@ def _plain(
     dw_VD = torch.zeros_like(weight_VD, dtype=wide) if need_grad else x_MD.new_empty(0)
     with torch.autocast(x_MD.device.type, enabled=False):
         weight = weight_VD.to(dtype)
-        rows = _chunk_rows(x_MD, len(weight_VD))
+        rows = _chunk_rows(x_MD.device, len(weight_VD))
         for start in range(0, len(x_MD), rows):
             m = slice(start, start + rows)
             x_mD, counted_m1 = x_MD[m].to(dtype), counted_M[m, None]
@@ -117,9 +139,12 @@ def _plain(
 
 
 def _kernel_takes(weight_VD: Tensor, dtype: torch.dtype) -> bool:
+    return weight_VD.is_contiguous() and _has_kernel(dtype)
+
+
+def _has_kernel(dtype: torch.dtype) -> bool:
     return (
         dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and weight_VD.is_contiguous()
         # Before, addmm added half-precision products to nothing in fp32.
         and torch.__version__ >= (2, 10)  # type: ignore[operator]
         and _triton_is_installed()
@@ -137,7 +162,7 @@ def _fused(
     from flashgpt.model.triton_loss import cross_entropy_
 
     (count, width), vocab = x_MD.shape, len(weight_VD)
-    columns = -(-vocab // COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
+    columns = _columns(vocab)
     make = functools.partial(torch.empty, device=x_MD.device)
     weight_CD = make(columns, width, dtype=dtype)
     weight_CD[:vocab] = weight_VD

@@ -62,7 +62,7 @@ def read(argv: Sequence[str]) -> Args:
     argv = list(argv)
     base, has_checkpoints = RunConfig(), False
     if argv and not argv[0].startswith("-"):
-        base = _load(argv.pop(0))
+        base = load(argv.pop(0))
     elif "--resume" in argv:
         folder = Path(parse(Args, "train", argv, __doc__).out)
         found, has_checkpoints = folder / "config.toml", any(folder.glob("checkpoints/step_*"))
@@ -78,9 +78,7 @@ def read(argv: Sequence[str]) -> Args:
         from flashgpt.train.incident import Incident
 
         base = Incident.load(Path(str(parse(Args, "train", argv, __doc__).replay))).config
-    if any(argument.split("=")[0] == "--model.preset" for argument in argv):
-        # The file's other model keys belong to its own preset.
-        base = dataclasses.replace(base, model=ModelConfig())
+    base = without_other_preset(base, argv)
     default = Args(model=base.model, data=base.data, train=base.train, sample=base.sample)
     args = parse(Args, "train", argv, __doc__, default)
     if args.resume and has_checkpoints and args.model.init_from != base.model.init_from:
@@ -90,7 +88,20 @@ def read(argv: Sequence[str]) -> Args:
     return args
 
 
-def _load(name: str) -> RunConfig:
+def without_other_preset(base: RunConfig, argv: Sequence[str]) -> RunConfig:
+    """A file's config without its model, where the command line names a preset: the model's other
+    keys belong to the preset of the file."""
+    if any(argument.split("=")[0] == "--model.preset" for argument in argv):
+        return dataclasses.replace(base, model=ModelConfig())
+    return base
+
+
+def load(name: str) -> RunConfig:
+    """The config in a TOML file that stands first on a command line.
+
+    Raises:
+        UsageError: it is none, or cannot be read.
+    """
     path = Path(name)
     if path.suffix != ".toml":
         raise UsageError(f"{name} is no TOML file; text goes behind --data.source {name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashgpt.attention.attend import attend
-from flashgpt.measure.memory import peak_bytes
+from flashgpt.measure.memory import free_bytes, peak_bytes, phase_peaks
 
 CPU = torch.device("cpu")
 MB = 1_000_000
@@ -98,3 +99,22 @@ def test_the_definition_is_the_same_on_cuda() -> None:
     block = 2 * 2**20  # the caching allocator hands out large tensors in steps of this
     assert 8 * MB <= peak_bytes(call, cuda) <= 8 * MB + 2 * block
     assert peak_bytes(lambda: held.view(10, -1), cuda) == 0
+
+
+def test_forward_passes_and_the_rest_of_a_step_have_peaks_of_their_own() -> None:
+    def forward(x: Tensor) -> Tensor:
+        return torch.empty(5 * MB).sum() + x
+
+    def step(watched: Callable[[Tensor], Tensor]) -> Tensor:
+        kept = torch.empty(MB)
+        watched(watched(kept[:1]))
+        return torch.empty(2 * MB)
+
+    found = phase_peaks(step, forward, CPU)
+    assert 24 * MB <= found.forward <= 24 * MB + SMALL
+    assert 12 * MB <= found.rest <= 12 * MB + SMALL
+
+
+def test_free_memory_is_some_of_what_is_there() -> None:
+    free = free_bytes(CPU)
+    assert 2**20 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,97 @@
+"""One measured step: what it holds, what it leaves, and that it is the trainer's.
+
+No assertion here depends on a time. pytest tests/measure/test_step_sample.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from flashgpt.config import GPTConfig
+from flashgpt.measure import step_sample
+from flashgpt.measure.memory_model import peak_at
+from flashgpt.measure.step_sample import Measured, measure
+from flashgpt.runconfig import TrainConfig
+from flashgpt.train import parts, runtime, step
+from flashgpt.train.guard import Guard
+
+CPU = torch.device("cpu")
+CFG = GPTConfig(96, 16, 32, 2, 2, 0.1)
+TRAIN = TrainConfig(tokens_per_step=16 * 16, compile="off")
+WEIGHTS = 4 * sum(p.numel() for p in step_sample.GPTModel(CFG).parameters())
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_sample, "TIMED_SECONDS", 0.0)
+
+
+def sample(rows: int, *, use_flash: bool = True, **train: Any) -> Measured:
+    changed = dataclasses.replace(TRAIN, micro_batch=rows, **train)
+    return measure(dataclasses.replace(CFG, use_flash=use_flash), changed, CPU)
+
+
+@pytest.mark.parametrize("use_flash", [True, False])
+@pytest.mark.parametrize("again", [True, False])
+def test_memory_of_a_large_micro_batch_follows_from_small_ones(
+    use_flash: bool, again: bool
+) -> None:
+    """Within 5 %, without accumulation too; torch's own account, so nothing of it is chance."""
+    small = [sample(rows, use_flash=use_flash, activation_checkpointing=again) for rows in (2, 4)]
+    wanted = sample(16, use_flash=use_flash, activation_checkpointing=again)
+    found = peak_at(small, 16, wanted.logits_bytes, wanted.gradients_bytes)
+    assert found == pytest.approx(wanted.peak_bytes, rel=0.05)
+    accumulating = peak_at(small, 16, wanted.logits_bytes, WEIGHTS)
+    assert accumulating != pytest.approx(wanted.peak_bytes, rel=0.05)
+    samples = [*small, wanted]
+    assert [s.gradients_bytes for s in samples] == [WEIGHTS, WEIGHTS, 0]
+    names = ["blocked"] if use_flash else ["standard"]
+    assert all(s.kernels == names and not s.graph and s.seconds > 0 for s in samples)
+    assert all(s.peak_bytes > 4 * WEIGHTS for s in samples)
+
+
+def test_recomputed_blocks_take_less_and_standard_attention_more() -> None:
+    usual, standard = sample(8), sample(8, use_flash=False)
+    recomputed = sample(8, activation_checkpointing=True)
+    assert recomputed.peak_bytes < usual.peak_bytes < standard.peak_bytes
+
+
+def test_the_step_is_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-batches of the right shape, all of a small step's, judged by the guard."""
+    seen: list[list[torch.Size]] = []
+    judged: list[int] = []
+    backward, judge = step.backward, Guard.judge
+
+    def watched(made: parts.Parts, forward: Any, micros: Any, seed: Any) -> Any:
+        micros = list(micros)
+        seen.append([micro.ids_BT.shape for micro in micros])
+        return backward(made, forward, micros, seed)
+
+    monkeypatch.setattr(step, "backward", watched)
+    monkeypatch.setattr(Guard, "judge", lambda *args: judged.append(1) or judge(*args))
+    found = sample(4)
+    assert found.micro_batches == 4 and set(map(tuple, seen)) == {
+        (torch.Size([4, 16]),) * 2,  # memory
+        (torch.Size([4, 16]),) * 4,  # time
+    }
+    assert len(judged) == len(seen)
+    monkeypatch.setattr(step_sample, "STEP_SECONDS", 0.0)
+    assert sample(4).micro_batches == 2
+
+
+def test_what_is_compiled_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def compiled(model: Any, config: TrainConfig, note: Callable[[str], None]) -> Any:
+        note(f"compiles {config.micro_batch}")
+        return lambda *args: calls.append(1) or model(*args)
+
+    monkeypatch.setattr(runtime, "compiled", compiled)
+    notes: list[str] = []
+    measure(CFG, dataclasses.replace(TRAIN, micro_batch=8), CPU, notes.append)
+    assert notes == ["compiles 8"] and calls
