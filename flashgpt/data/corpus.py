@@ -4,8 +4,8 @@ Owns the check that files are UTF-8 text, reading in pieces, and which text is h
 validation or teaches a tokenizer. Does not own which files there are (`flashgpt.data.files`), or
 tokens (`flashgpt.data.shards`).
 
-One file is one document, but in a .jsonl file each line is one (`flashgpt.data.jsonl`). Nothing in
-the text is changed: line ends stay as they are.
+One file is one document, but in a .jsonl or .parquet file each record is one
+(`flashgpt.data.records`). Nothing in the text is changed: line ends stay as they are.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
-from flashgpt.data import jsonl
+from flashgpt.data import jsonl, parquet
 from flashgpt.data.files import SourceFile, unreadable
-from flashgpt.data.jsonl import is_jsonl
+from flashgpt.data.records import Document
 
 # Characters in one piece of text; bounds memory, and gives the tokenizer's threads equal work.
 PIECE = 1 << 16
@@ -28,6 +28,8 @@ SAMPLE = 8_000_000
 _BLOCK = 4096
 _CHUNK = 1 << 20
 GROUPS = 1 << 16
+# What reads the records of a file, by the end of its name; any other file is text.
+RECORDS = {".jsonl": jsonl.documents, ".parquet": parquet.documents}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +38,13 @@ class Survey:
 
     Attributes:
         files: those that have text, in order.
-        sizes: UTF-8 bytes of text of each; of JSON lines, of the strings that are the documents.
+        sizes: UTF-8 bytes of text of each; of records, of the strings that are the documents.
         digests: of the content of each.
         skipped: names of the files left out because they are not UTF-8 text.
         n_documents: documents of all files.
-        groups: with JSON lines, bytes of text in each of the groups that documents fall into; else
+        groups: with records, bytes of text in each of the groups that documents fall into; else
             empty, and each file is a group.
-        field: the field of JSON lines that is the text.
+        field: the field of records that is the text.
     """
 
     files: tuple[SourceFile, ...]
@@ -82,23 +84,23 @@ def survey(
     Args:
         files: from `find_files`.
         advance: told the bytes of each portion read.
-        field: the field of JSON lines that is the text.
+        field: the field of records that is the text.
 
     Raises:
-        ValueError: a file named explicitly is empty or not UTF-8 text (names the byte), a line of
-            any .jsonl file is bad (names it), a file cannot be read, or a source has no text.
+        ValueError: a file named explicitly is empty or not UTF-8 text (names the byte), a record of
+            any file of records is bad (names it), a file cannot be read, or a source has no text.
     """
     kept: list[tuple[SourceFile, int, str]] = []
     skipped = []
     without: dict[str, None] = {}
-    groups = [0] * GROUPS if _has_lines(files) else []
+    groups = [0] * GROUPS if _has_records(files) else []
     n_documents = 0
     for file in files:
         without[file.source] = None
         digest = hashlib.blake2b(digest_size=32)
-        if is_jsonl(file.path):
+        if _is_records(file):
             fault = ""
-            size, count = _check_lines(file, field, digest.update, advance, groups)
+            size, count = _check_records(file, field, digest.update, advance, groups)
         else:
             size, fault = _check(file, digest.update, advance)
             count = 1
@@ -130,14 +132,14 @@ def survey(
         digests=tuple(digest for _, _, digest in kept),
         skipped=tuple(skipped),
         n_documents=n_documents,
-        groups=tuple(groups) if _has_lines(chosen) else (),
+        groups=tuple(groups) if _has_records(chosen) else (),
         field=field,
     )
 
 
 def documents(files: Sequence[SourceFile], field: str = "text") -> Iterator[Piece]:
     """The text of the files in pieces, in order, in constant memory (but for the longest line of
-    a .jsonl file).
+    a .jsonl file, and a row group of a .parquet file).
 
     A text longer than `PIECE` is cut where a newline follows something that is no white space,
     else before such a space. GPT-2's splitting rule has a boundary there, so the pieces give the
@@ -146,12 +148,12 @@ def documents(files: Sequence[SourceFile], field: str = "text") -> Iterator[Piec
     Raises:
         ValueError: a file cannot be read, or is no longer text.
     """
-    by_hash = _has_lines(files)
+    by_hash = _has_records(files)
     for number, file in enumerate(files):
         try:
-            if is_jsonl(file.path):
-                for document in jsonl.documents(file.path, field):
-                    yield from _line_pieces(document, _group(file, document.line))
+            if _is_records(file):
+                for document in RECORDS[file.path.suffix](file.path, field):
+                    yield from _record_pieces(document, _group(file, document.number))
             else:
                 group = _group(file) if by_hash else number
                 with open(file.path, encoding="utf-8", newline="") as stream:
@@ -163,7 +165,7 @@ def documents(files: Sequence[SourceFile], field: str = "text") -> Iterator[Piec
             raise ValueError(f"data.source file {file.path} cannot be read: {error}") from error
 
 
-def _line_pieces(document: jsonl.Document, group: int) -> Iterator[Piece]:
+def _record_pieces(document: Document, group: int) -> Iterator[Piece]:
     first = True
     for number, (text, ignored) in enumerate(document.texts, 1):
         closing = number == len(document.texts)
@@ -188,8 +190,8 @@ def _cut_up(stream: TextIO) -> Iterator[tuple[str, bool]]:
 def held_out(found: Survey) -> frozenset[int]:
     """The groups of documents kept for validation: about 5 % of the bytes, at least one document.
 
-    A file is a group, ranked by the digest of its name. With JSON lines, a line or file falls into
-    one of 65,536 groups by the digest of its name and line, so that memory does not grow with
+    A file is a group, ranked by the digest of its name. With records, a record or file falls into
+    one of 65,536 groups by the digest of its name and number, so that memory does not grow with
     their number. Groups are taken in order until 5 % is reached; one that would take the total over
     10 % is passed over, so that a giant is never held out. Empty with fewer than 20 documents: then
     whole documents are too coarse to hold out.
@@ -213,12 +215,16 @@ def held_out(found: Survey) -> frozenset[int]:
     return frozenset(held)
 
 
-def _has_lines(files: Sequence[SourceFile]) -> bool:
-    return any(is_jsonl(file.path) for file in files)
+def _is_records(file: SourceFile) -> bool:
+    return file.path.suffix in RECORDS
 
 
-def _group(file: SourceFile, line: int = 0) -> int:
-    return int.from_bytes(_digest(f"{file.name}\n{line}", 2), "little")
+def _has_records(files: Sequence[SourceFile]) -> bool:
+    return any(map(_is_records, files))
+
+
+def _group(file: SourceFile, number: int = 0) -> int:
+    return int.from_bytes(_digest(f"{file.name}\n{number}", 2), "little")
 
 
 def _digest(name: str, size: int) -> bytes:
@@ -257,23 +263,23 @@ def sample(found: Survey, held: frozenset[int]) -> Iterator[str]:
             return
 
 
-def _check_lines(
+def _check_records(
     file: SourceFile,
     field: str,
     update: Callable[[bytes], None],
     advance: Callable[[int], None],
     groups: list[int],
 ) -> tuple[int, int]:
-    """Bytes of text of a .jsonl file, and its documents; adds the bytes of each to its group."""
+    """Bytes of text of a file, and its documents; adds the bytes of each to its group."""
 
-    def hear(line: bytes) -> None:
-        update(line)
-        advance(len(line))
+    def hear(portion: bytes) -> None:
+        update(portion)
+        advance(len(portion))
 
     size = count = 0
     try:
-        for document in jsonl.documents(file.path, field, hear):
-            groups[_group(file, document.line)] += document.n_bytes
+        for document in RECORDS[file.path.suffix](file.path, field, hear):
+            groups[_group(file, document.number)] += document.n_bytes
             size += document.n_bytes
             count += 1
     except OSError as error:

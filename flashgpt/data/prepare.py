@@ -53,8 +53,8 @@ def prepare(
     A tokenizer that is trained sees training text only: the whole of it, or, past 8 million
     characters, that many in blocks spread evenly over all documents. With 20 documents or more
     whole documents are held out for validation, about 5 %; with fewer, the last 5 % of the tokens.
-    A line of a .jsonl file is a document; see `flashgpt.data.jsonl`. Token files that another
-    program made are taken over as `flashgpt.data.foreign` says.
+    A record of a .jsonl or .parquet file is a document; see `flashgpt.data.records`. Token files
+    that another program made are taken over as `flashgpt.data.foreign` says.
 
     Args:
         data: which text, which tokenizer. One source that is a prepared folder is checked and
@@ -159,7 +159,7 @@ def _read_text(
     spec = given.digest if given else f"bpe {data.vocab_size}"
     names = [file.name for file in found.files]
     parts = [FORMAT, spec, shard_tokens, names, found.sizes, found.digests]
-    if found.groups:  # there are JSON lines; without them the fingerprint is what it always was
+    if found.groups:  # there are records; without them the fingerprint is what it always was
         parts.append(["field", data.field])
     else:
         _check_no_field(data)
@@ -192,8 +192,8 @@ def _read_tokens(
 def _check_no_field(data: DataConfig) -> None:
     if data.field != DataConfig.field:
         raise ValueError(
-            f"data.field is for .jsonl files, got {data.field!r} and no such file in data.source; "
-            "leave it out"
+            f"data.field is for .jsonl and .parquet files, got {data.field!r} and no such file in "
+            "data.source; leave it out"
         )
 
 

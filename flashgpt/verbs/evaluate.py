@@ -35,7 +35,7 @@ class Args:
         tuple[str, ...], Doc("text to evaluate on; the run's own validation text when left out")
     ] = ()
     field: Annotated[
-        str | None, Doc("field of .jsonl lines of --source that is the text; text if left out")
+        str | None, Doc("field of .jsonl and .parquet records that is the text; text if left out")
     ] = None
     stride: Annotated[
         int | None, Doc("by how much windows advance (tokens); context_length if left out")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs `flashgpt evaluate`."""
     args = parse(Args, "evaluate", argv, __doc__)
     if args.field is not None and not args.source:
-        raise UsageError("--field is for the .jsonl files of --source; name some, or leave it out")
+        raise UsageError("--field is for records of --source (.jsonl, .parquet); leave it out")
     import tempfile
 
     from flashgpt.data.prepare import prepare

@@ -212,7 +212,7 @@ def test_tokens_and_text_do_not_mix(tmp_path: Path) -> None:
     # Within a folder of text they are what they always were: no text.
     data = DataConfig((str(tmp_path),), "bytes", cache=str(tmp_path / ".cache"))
     assert TokenData.open(prepare(data)).train.n_bytes < 10
-    with pytest.raises(ValueError, match=r"data\.field is for \.jsonl files"):
+    with pytest.raises(ValueError, match=r"data\.field is for \.jsonl and \.parquet files"):
         prepare(DataConfig((str(path),), "bytes", cache=str(tmp_path / "cache"), field="body"))
 
 

@@ -249,7 +249,9 @@ def test_the_field_is_part_of_the_request(tmp_path: Path) -> None:
         prepare(DataConfig((str(body.folder),), "bytes", field="title"))
     plain = tmp_path / "plain.txt"
     plain.write_text("some text")
-    with pytest.raises(ValueError, match=r"data\.field is for \.jsonl files, got 'body'"):
+    with pytest.raises(
+        ValueError, match=r"data\.field is for \.jsonl and \.parquet files, got 'body'"
+    ):
         opened(plain, field="body")
 
 

@@ -61,7 +61,7 @@ def test_completions_alone_are_counted(tmp_path: Path, trained: Any, cli: Cli) -
     whole = cli("evaluate", trained.folder, "--source", texts, "--field", "body", "--json").done()
     assert json.loads(whole)["tokens"] == 10
     refused = cli("evaluate", trained.folder, "--field", "body").error(2)
-    assert "--field is for the .jsonl files of --source" in refused
+    assert "--field is for records of --source" in refused
 
 
 def test_a_text_of_a_few_bytes(tmp_path: Path, trained: Any, cli: Cli) -> None:
