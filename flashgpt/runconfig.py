@@ -107,7 +107,7 @@ class DataConfig:
 
     source: Annotated[
         tuple[str, ...],
-        Doc("text, .jsonl or .bin token files, folders, globs, a prepared folder, or stdlib"),
+        Doc("text, .jsonl, .parquet or .bin files; folders, globs; hf://OWNER/NAME; stdlib"),
     ] = ("stdlib",)
     tokenizer: Annotated[
         str,
@@ -117,7 +117,7 @@ class DataConfig:
     cache: Annotated[str, Doc("folder that keeps prepared tokens for the next run")] = "data"
     field: Annotated[
         str,
-        Doc("field of .jsonl lines that is the text; lines without it: prompt and completion"),
+        Doc("field of .jsonl and .parquet records that is the text; else prompt and completion"),
     ] = "text"
 
     def __post_init__(self) -> None:

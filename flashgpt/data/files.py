@@ -1,7 +1,8 @@
 """Which files a corpus has: the meaning of `data.source`.
 
-Owns files, folders, globs and `stdlib`, their order and their names in the corpus. Does not open
-them: what is in them is up to `flashgpt.data.corpus` and `flashgpt.data.foreign`.
+Owns files, folders, globs, data sets of the hub and `stdlib`, their order and their names in the
+corpus. Does not open them: what is in them is up to `flashgpt.data.corpus` and
+`flashgpt.data.foreign`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from flashgpt.data import hub
 
 # Python's own tests are left out of `stdlib`. Measured on 3.11: 12.1 MB of library code remain,
 # enough for the demo; the 19 MB of tests would be 60 % of the corpus, mostly tables of literals
@@ -42,7 +45,8 @@ def find_files(sources: Sequence[str]) -> list[SourceFile]:
 
     Args:
         sources: text files, folders (searched in full, hidden names left out), globs (`**` goes
-            through folders), or `stdlib` (the .py files of the running Python, tests left out).
+            through folders), `hf://OWNER/NAME` (`flashgpt.data.hub`), or `stdlib` (the .py files of
+            the running Python, tests left out).
 
     Raises:
         ValueError: a source is not there, cannot be read, or names no file.
@@ -66,7 +70,11 @@ def find_files(sources: Sequence[str]) -> list[SourceFile]:
 
 def _files_of(source: str) -> Iterator[SourceFile]:
     path = Path(source).expanduser()
-    if source == "stdlib":
+    if hub.is_hub(source):
+        name, root, files = hub.find(source)
+        for file in files:
+            yield SourceFile(file, _name(name, file, root), True, source)
+    elif source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         for file in _walk(root, _NO_STDLIB):
             if file.suffix == ".py":

@@ -9,6 +9,8 @@ examples:
   flashgpt prepare my.txt --tokenizer bytes --out data/bytes
   flashgpt prepare train.bin --tokenizer gpt2 --out data/tokens
   flashgpt prepare posts.jsonl --field body --out data/posts
+  flashgpt prepare "web/*.parquet" --tokenizer gpt2 --out data/web
+  flashgpt prepare hf://owner/name --out data/name
   flashgpt train --data.source data/mine
 """
 
@@ -32,7 +34,7 @@ class Args:
     source: Annotated[
         tuple[str, ...],
         Positional,
-        Doc("text, .jsonl or .bin token files, folders, globs, or stdlib (Python's own source)"),
+        Doc("text, .jsonl, .parquet or .bin files; folders, globs; hf://OWNER/NAME; stdlib"),
     ]
     out: Annotated[str | None, Doc("folder to make; named by content in ./data when left out")] = (
         None
@@ -41,7 +43,7 @@ class Args:
     vocab_size: Annotated[int, Doc("size of a tokenizer that is trained (token ids)")] = 8192
     field: Annotated[
         str,
-        Doc("field of .jsonl lines that is the text; lines without it: prompt and completion"),
+        Doc("field of .jsonl and .parquet records that is the text; else prompt and completion"),
     ] = "text"
 
 

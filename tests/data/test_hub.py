@@ -1,0 +1,93 @@
+"""Data sets by their name on the hub, out of a cache that these tests make; never the network.
+
+pytest tests/data/test_hub.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from flashgpt.data.files import find_files
+
+Cli = Callable[..., Any]
+REVISION = "0" * 40
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and no network: what asks for it is told that it is offline."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
+
+
+def cached(cache: Path, name: str, *files: str) -> Path:
+    """A data set in the cache; each file is JSON lines that say its name."""
+    repo = cache / f"datasets--{name.replace('/', '--')}"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(REVISION)
+    folder = repo / "snapshots" / REVISION
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        entries = [{"text": f"{file} {i}"} for i in range(30)]
+        (folder / file).write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    return folder
+
+
+def names(source: str) -> list[str]:
+    return [file.name for file in find_files([source])]
+
+
+def test_training_files_are_taken_in_order(cache: Path) -> None:
+    cached(
+        cache, "org/set",
+        *("README.md", "data/test-0.jsonl", "data/train-1.jsonl", "data/train-0.jsonl"),
+        "data/training_notes.jsonl",
+    )  # fmt: skip
+    expected = ["org/set/data/train-0.jsonl", "org/set/data/train-1.jsonl"]
+    for source in ("hf://org/set", "hf://datasets/org/set", "hf://org/set/data", "hf://org/set/"):
+        assert names(source) == expected
+    assert names("hf://org/set/data/test-0.jsonl") == ["org/set/data/test-0.jsonl"]
+
+
+def test_parquet_goes_before_json_lines_and_these_before_text(cache: Path) -> None:
+    cached(cache, "org/one", "a.txt", "a.jsonl", "a.parquet")
+    cached(cache, "org/two", "a.txt", "a.jsonl")
+    cached(cache, "org/three", "a.txt", "b.txt")
+    assert names("hf://org/one") == ["org/one/a.parquet"]
+    assert names("hf://org/two") == ["org/two/a.jsonl"]
+    assert names("hf://org/three") == ["org/three/a.txt", "org/three/b.txt"]
+
+
+def test_a_data_set_is_prepared_by_its_name(cache: Path, cli: Cli) -> None:
+    cached(cache, "org/set", "train.jsonl", "test.jsonl")
+    cli("prepare", "hf://org/set", "--tokenizer", "bytes", "--out", "tokens").done()
+    tokens = Path("tokens/train-00000.bin").read_bytes()
+    assert "train.jsonl 7".encode("utf-16-le") in tokens  # ids of bytes, two bytes each
+    assert "test.jsonl".encode("utf-16-le") not in tokens
+
+
+WRONG = [
+    ("hf://org/absent", "org/absent is not in the Hugging Face cache; put it there: hf download"),
+    ("hf://org", "must be hf://OWNER/NAME, or a folder of it, got 'hf://org'"),
+    ("hf://org/several", "must name one folder of hf://org/several, got a, b; write"),
+    ("hf://org/pictures", "must hold .parquet, .jsonl, .txt files, got 'hf://org/pictures'"),
+    ("hf://org/several/c", "must hold .parquet, .jsonl, .txt files, got 'hf://org/several/c'"),
+]
+
+
+@pytest.mark.parametrize(("source", "says"), WRONG)
+def test_what_cannot_be_read_is_said_in_a_line(
+    cache: Path, cli: Cli, source: str, says: str
+) -> None:
+    cached(cache, "org/several", "a/train.jsonl", "b/train.jsonl")
+    cached(cache, "org/pictures", "a.png")
+    assert says in cli("prepare", source, "--tokenizer", "bytes", "--out", "tokens").error(1)
+    assert not Path("tokens").exists()
