@@ -25,7 +25,8 @@ from flashgpt.train import runtime
 DOES_NOT_FIT, NO_TIME = "does not fit", "no time left"
 # The first size has so many tokens at least: with fewer, a step is mostly overhead.
 FIRST_TOKENS = {"cpu": 1024, "cuda": 4096}
-COST_STEPS = 5  # steps of two micro-batches that a measurement takes beside the timed seconds
+# Steps of two micro-batches that a measurement takes beside the timed seconds; of slow steps.
+COST_STEPS, COST_SLOW_STEPS = 5, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,8 +262,9 @@ class _Work:
             return 0.0
         known = self._samples(way) or [row.sample for row in self._rows.values()]
         last = known[-1]
-        steps = 2 * COST_STEPS * last.seconds * max(1.0, size / last.rows)
-        return max(s.preparing for s in known) + step_sample.TIMED_SECONDS + steps
+        step = 2 * last.seconds * max(1.0, size / last.rows)
+        steps = COST_SLOW_STEPS if step >= step_sample.SLOW_SECONDS else COST_STEPS
+        return max(s.preparing for s in known) + step_sample.TIMED_SECONDS + steps * step
 
     def _predicted(self, way: Way, size: int) -> tuple[float | None, float | None]:
         """Peak memory and tokens per second, from smaller sizes."""

@@ -36,6 +36,7 @@ from flashgpt.train.step import Forward, Stepper, pays_as_graph
 # more there are, the less of the update falls to each.
 STEP_SECONDS = 1.0
 TIMED_SECONDS, MIN_TIMED, MAX_TIMED = 1.0, 2, 20  # seconds, steps
+SLOW_SECONDS = 10.0  # a step that takes so long is timed once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +93,13 @@ def _measure(
         preparing = time.perf_counter() - start
         rows = train.micro_batch or made.rows
         in_step = made.rows // rows
-        first = _seconds(Stepper(made, forward), _feed(made, rows, min(in_step, 2)), 2)
-        peaks = _peaks(made, forward, rows, min(in_step, 2))
-        each = first[-1] / min(in_step, 2)
-        count = min(in_step, max(2, math.ceil(STEP_SECONDS / each)))
-        times, captured = _timed(made, forward, rows, count, note)
+        count, captured = min(in_step, 2), False
+        times = _seconds(Stepper(made, forward), _feed(made, rows, count), 1, 2)
+        peaks = _peaks(made, forward, rows, count)
+        if times[-1] < SLOW_SECONDS:
+            passes = math.ceil(STEP_SECONDS * count / times[-1])
+            count = min(in_step, max(2, passes))
+            times, captured = _timed(made, forward, rows, count, note)
     seconds = statistics.median(times) / count
     gradients = sum(p.nbytes for p in model.parameters()) if in_step > 1 else 0
     served = sorted({line.split(" served ")[0] for line in kernels.receipt()})
@@ -112,7 +115,7 @@ def _peaks(made: Parts, forward: Forward, rows: int, count: int) -> tuple[int, i
     verdicts = [getattr(part, "found_inf", None) for part in made.optimizer.parts]
 
     def step(watched: Forward) -> None:
-        _seconds(Stepper(made, watched), _feed(made, rows, count), 1)
+        _seconds(Stepper(made, watched), _feed(made, rows, count), 1, 1)
 
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
@@ -134,23 +137,23 @@ def _timed(
     notes: list[str] = []
     stepper = Stepper(made, forward, graphed, notes.append)
     warm_up = graph.WARM_UP + 1 if graphed else 0
-    times = _seconds(stepper, _feed(made, rows, count), warm_up + MAX_TIMED, warm_up)
+    times = _seconds(stepper, _feed(made, rows, count), MIN_TIMED, MAX_TIMED, warm_up)
     failed = [line for line in notes if line.startswith("no CUDA graph")]
     for line in failed:
         note(line)
     return times, graphed and not failed
 
 
-def _seconds(stepper: Stepper, feed: Feed, steps: int, warm_up: int = 0) -> list[float]:
-    """Seconds of each step behind the warm-up, of at most `steps` in all."""
+def _seconds(stepper: Stepper, feed: Feed, least: int, most: int, warm_up: int = 0) -> list[float]:
+    """Seconds of each step behind the warm-up: at least `least`, until TIMED_SECONDS are timed."""
     times: list[float] = []
 
     def enough() -> bool:
         timed = times[warm_up:]
-        return len(timed) >= MIN_TIMED and sum(timed) >= TIMED_SECONDS
+        return len(timed) >= least and sum(timed) >= TIMED_SECONDS
 
     with feed:
-        for done in stepper.completed(feed, steps, lambda _: False, enough):
+        for done in stepper.completed(feed, warm_up + most, lambda _: False, enough):
             times.append(done.seconds)
     return times[warm_up:]
 

@@ -115,6 +115,44 @@ def test_forward_passes_and_the_rest_of_a_step_have_peaks_of_their_own() -> None
     assert 12 * MB <= found.rest <= 12 * MB + SMALL
 
 
+def test_on_cuda_the_allocators_books_are_closed_around_each_forward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With books of our own in place of a GPU's."""
+    now = peak = 100
+
+    def allocate(change: int) -> None:
+        nonlocal now, peak
+        now += change
+        peak = max(peak, now)
+
+    def reset(_: object) -> None:
+        nonlocal peak
+        peak = now
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: now)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+
+    def forward() -> None:
+        allocate(50)
+        allocate(-20)
+
+    def step(watched: Callable[[], None]) -> None:
+        allocate(10)
+        watched()
+        allocate(-5)
+        watched()
+        allocate(30)
+        allocate(-95)
+
+    found = phase_peaks(step, forward, torch.device("cuda"))
+    assert (found.forward, found.rest) == (10 + 30 - 5 + 50, 10 + 30 - 5 + 30 + 30)
+    peak = 10**6  # of before
+    assert phase_peaks(step, forward, torch.device("cuda")) == found
+
+
 def test_free_memory_is_some_of_what_is_there() -> None:
     free = free_bytes(CPU)
     assert 2**20 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -82,6 +82,24 @@ def test_the_step_is_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(judged) == len(seen)
     monkeypatch.setattr(step_sample, "STEP_SECONDS", 0.0)
     assert sample(4).micro_batches == 2
+    monkeypatch.setattr(step_sample, "SLOW_SECONDS", 0.0)  # all are: one, and one watched
+    judged.clear()
+    assert sample(4).seconds > 0 and len(judged) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("use_flash", [True, False])
+def test_memory_on_a_gpu_follows_from_small_micro_batches_too(use_flash: bool) -> None:
+    """Where torch's allocator hands out blocks, and the logits stop growing."""
+    cfg = GPTConfig(8192, 256, 256, 4, 4, 0.0, use_flash=use_flash)
+    train = dataclasses.replace(TRAIN, tokens_per_step=128 * 256, device="cuda")
+    small_1, small_2, large = (
+        measure(cfg, dataclasses.replace(train, micro_batch=rows), torch.device("cuda"))
+        for rows in (8, 16, 128)
+    )
+    found = peak_at([small_1, small_2], 128, large.logits_bytes, large.gradients_bytes)
+    assert found == pytest.approx(large.peak_bytes, rel=0.05)
 
 
 def test_what_is_compiled_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,14 @@ def test_ctrl_c_leaves_an_earlier_result(cli: Cli, monkeypatch: pytest.MonkeyPat
     assert Path("plan/plan.json").read_text() == "{}"
 
 
+def test_the_predictions_of_the_docs_are_those_of_the_table() -> None:
+    page = (Path(verb.__file__).parents[2] / "docs" / "planning.md").read_text()
+    shown = [line for line in page.splitlines() if line.startswith("| gpt2")]
+    ahead = [p for p in verb.table(verb.Cluster(), 0.1) if p.gpus in (8, 64)]
+    expected = [verb._cells_ahead(p) for p in ahead if p.model in ("gpt2", "gpt2-xl")]
+    assert shown == [f"| {' | '.join(cells)} |" for cells in expected] and len(shown) == 8
+
+
 def test_help_shows_examples(cli: Cli) -> None:
     shown = cli("plan", "--help").done()
     assert "flashgpt plan runs/mine/config.toml" in shown
