@@ -73,6 +73,7 @@ def measure(
         torch.OutOfMemoryError: it does not fit.
         ValueError: a precision that the device does not have.
     """
+    release(device)  # while an earlier one failed, its error still held it
     try:
         return _measure(cfg, train, device, note)
     finally:

@@ -205,7 +205,7 @@ def _show(out: Console, setup: Setup, result: Result) -> None:
     what = (
         "memory is what torch allocates on the GPU"
         if setup.device.type == "cuda"
-        else "memory is what torch allocates; interpreter and libraries take some 0.4 GiB more"
+        else "memory is what torch allocates; interpreter and libraries take some 0.5 GiB more"
     )
     out.print(
         f"{what}; fits: in {setup.usable_bytes / GIB:,.1f} GiB, {setup.margin:.0%} of "
