@@ -134,7 +134,7 @@ class Ahead:
     ) -> None:
         self._model, self._logits, self._config = model, logits, config
         self._random, self._vocab_size = random, vocab_size
-        self._serves = device_step.serves(model)
+        self._serves = logits.is_plain and device_step.serves(model.wte.weight)
         self._key: Any = None
         self._graph: Graph | None = None
         self._places: dict[Row, int] = {}

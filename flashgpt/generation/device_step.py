@@ -24,18 +24,17 @@ if TYPE_CHECKING:
     from flashgpt.generation.triton_step import State
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FULL = 256  # programs that keep a GPU busy: two on each of an H100's 132 multiprocessors
 LEAST_CAPABILITY = (8, 0)  # of the GPU: what Triton supports, with bf16
 
 
-def serves(model: GPTModel) -> bool:
-    """Whether this file can: a plain model on a GPU that Triton compiles for."""
-    weight = model.wte.weight
+def serves(weight: Tensor) -> bool:
+    """Whether this file can, for a plain model with such weights: on a GPU that Triton knows."""
     return (
         weight.is_cuda
         and find_spec("triton") is not None
         and torch.cuda.get_device_capability(weight.device) >= LEAST_CAPABILITY
         and weight.dtype in DTYPES
-        and forward.serves(model)
     )
 
 
@@ -85,9 +84,11 @@ def _of_many(x_BD: Tensor, model: GPTModel, cache: KVCache, state: State) -> Ten
     from flashgpt.generation import triton_step
 
     def attention(index: int, qkv_BD: Tensor) -> Tensor:
-        out_BD = qkv_BD.new_empty(x_BD.shape)
-        triton_step.attend(state, qkv_BD, cache.k_LBNSH[index], cache.v_LBNSH[index], out_BD)
-        return out_BD
+        keys_and_values = cache.k_LBNSH[index], cache.v_LBNSH[index]
+        if len(x_BD) * model.cfg.n_heads >= FULL:
+            return triton_step.attend(state, qkv_BD, *keys_and_values)
+        parts = triton_step.attend_in_parts(state, qkv_BD, *keys_and_values)
+        return triton_step.join(*parts, qkv_BD.dtype)
 
     layers = Forward(model)
-    return layers.logits_apart(layers.hidden(x_BD.to(model.wte.weight.dtype), attention))
+    return layers.logits_in_two(layers.hidden(x_BD.to(model.wte.weight.dtype), attention))

@@ -29,17 +29,25 @@ LAYERS = (
     *(GPTModel, TransformerBlock, MultiHeadAttention, FeedForward),
     *(nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.GELU),
 )
+MULTIPLE = 64  # of columns
 ONEDNN = ("_reorder_linear_weight", "_linear_pointwise")
 
 
 def serves(model: GPTModel) -> bool:
     """Whether the model is what this file computes: plain layers in one dtype, the switch on."""
-    weight = model.wte.weight
-    return (
-        all((p.dtype, p.device) == (weight.dtype, weight.device) for p in model.parameters())
-        and all(is_plain(layer, LAYERS) for layer in model.modules())
-        and all(block.attn.use_flash and block.attn.kernel is None for block in blocks(model))
-    )
+    kind = _kind(model.wte.weight)
+    for layer in model.modules():
+        if not is_plain(layer, LAYERS):
+            return False
+        if any(p is not None and _kind(p) != kind for p in layer._parameters.values()):
+            return False
+        if isinstance(layer, MultiHeadAttention) and (layer.kernel or not layer.use_flash):
+            return False
+    return True
+
+
+def _kind(x: Tensor) -> tuple[torch.dtype, torch.device]:
+    return x.dtype, x.device
 
 
 def blocks(model: GPTModel) -> list[TransformerBlock]:
@@ -171,9 +179,12 @@ class Forward:
         """logits_MV of what `hidden` gave."""
         return self._lm_head(self._ln_f(x_MD))
 
-    def logits_apart(self, x_MD: Tensor) -> Tensor:
-        """The same, whose rows begin at multiples of 64: an odd V has slow products on a GPU."""
-        weight_VD = self._lm_head.weight_OI
-        rows_MC = x_MD.new_empty(len(x_MD), -(-len(weight_VD) // 64) * 64)
-        logits_MV = rows_MC[:, : len(weight_VD)]
-        return torch.mm(self._ln_f(x_MD), weight_VD.t(), out=logits_MV)
+    def logits_in_two(self, x_MD: Tensor) -> Tensor:
+        """The same for a GPU, whose products with an odd number of columns are slow."""
+        x_MD, weight_VD = self._ln_f(x_MD), self._lm_head.weight_OI
+        vocab = len(weight_VD)
+        even = vocab // MULTIPLE * MULTIPLE
+        out_MC = x_MD.new_empty(len(x_MD), even + MULTIPLE)
+        for start, end in ((0, even), (even, vocab)):
+            torch.mm(x_MD, weight_VD[start:end].t(), out=out_MC[:, start:end])
+        return out_MC[:, :vocab]

@@ -75,6 +75,11 @@ class Logits:
         self._rows: list[Row] = []
         self._cache: KVCache | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model's weights are all that there is to it."""
+        return self._fast is not None
+
     def cache_of(self, rows: Sequence[Row]) -> KVCache | None:
         """The cache, if it holds these rows in this order; what `adopt` takes back."""
         held = list(rows) == self._rows and all(row.held for row in rows)

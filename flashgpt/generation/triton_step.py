@@ -242,6 +242,34 @@ def _attend(
 
 
 @triton.jit
+def _join(
+    parts_BNPH,
+    stats_BNP2,
+    out_BNH,
+    parts: tl.constexpr,
+    head_dim: tl.constexpr,
+    part_width: tl.constexpr,
+    width: tl.constexpr,
+    early: tl.constexpr,
+):
+    """The mean that the parts of one head's attention make."""
+    if early:
+        gdc_launch_dependents()
+        gdc_wait()
+    head = tl.program_id(0)
+    p = tl.arange(0, part_width)
+    h = tl.arange(0, width)
+    stat = stats_BNP2 + (head * parts + p) * 2
+    top = tl.load(stat, mask=p < parts, other=NONE)
+    share = tl.exp2(top - tl.max(top, 0))
+    total = tl.sum(share * tl.load(stat + 1, mask=p < parts, other=0.0), 0)
+    at = parts_BNPH + (head * parts + p)[:, None] * head_dim + h[None, :]
+    mask = (p < parts)[:, None] & (h < head_dim)[None, :]
+    value = tl.sum(share[:, None] * tl.load(at, mask=mask, other=0.0), 0)
+    tl.store(out_BNH + head * head_dim + h, value / total, mask=h < head_dim)
+
+
+@triton.jit
 def _embed(
     id_B,
     place_B,
@@ -349,15 +377,20 @@ def norm_linear(
     return out_BF
 
 
-def attend(state: State, qkv_BD: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, out_BD: Tensor) -> None:
+def attend(state: State, qkv_BD: Tensor, k_BNSH: Tensor, v_BNSH: Tensor) -> Tensor:
     """Attention of one token of each text over its text, whose key and value join the cache.
 
     Args:
         qkv_BD: [B, 3 N H], any dtype.
         k_BNSH: keys of the positions before; contiguous, as v_BNSH.
-        out_BD: [B, N H], any dtype; is written.
+
+    Returns:
+        [B, N H], in the dtype of qkv.
     """
+    texts, heads, _, head_dim = k_BNSH.shape
+    out_BD = qkv_BD.new_empty(texts, heads * head_dim)
     _attend_in(1, state, qkv_BD, k_BNSH, v_BNSH, (None, None, out_BD))
+    return out_BD
 
 
 def attend_in_parts(
@@ -375,6 +408,16 @@ def attend_in_parts(
     stats_BNP2 = _empty(state, heads, parts, 2)
     _attend_in(parts, state, qkv_BD, k_BNSH, v_BNSH, (parts_BNPH, stats_BNP2, None))
     return parts_BNPH, stats_BNP2
+
+
+def join(parts_BNPH: Tensor, stats_BNP2: Tensor, dtype: torch.dtype) -> Tensor:
+    """The attention whose parts `attend_in_parts` left: [B, N H]."""
+    texts, heads, parts, head_dim = parts_BNPH.shape
+    out_BD = parts_BNPH.new_empty(texts, heads * head_dim, dtype=dtype)
+    sizes = (parts, head_dim)
+    constants = (*sizes, *map(triton.next_power_of_2, sizes))
+    _launch(_join, texts * heads, (parts_BNPH, stats_BNP2, out_BD), constants, out_BD.device)
+    return out_BD
 
 
 def _attend_in(

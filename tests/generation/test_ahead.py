@@ -88,7 +88,7 @@ def graphs(
 
     monkeypatch.setattr(ahead.Graph, "__init__", count)
     if not CUDA:
-        monkeypatch.setattr(device_step, "serves", lambda model: True)
+        monkeypatch.setattr(device_step, "serves", lambda weight: True)
         monkeypatch.setattr(ahead, "Stream", PlainStream)
         monkeypatch.setattr(torch.cuda, "Event", PlainEvent)
         if "on_device" not in request.fixturenames:
@@ -234,15 +234,17 @@ def test_at_most_so_many_steps_are_under_way(
     assert drawn == 8
 
 
+def test_other_models_are_drawn_from_one_by_one(
+    make_model: Make, graphs: Callable[[], int]
+) -> None:
+    model = make_model(use_flash=False).to("cuda" if CUDA else "cpu")
+    texts(model, [[3]], SampleConfig(temperature=0, max_new_tokens=4))
+    assert graphs() == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
-def test_which_models_are_served(make_model: Make) -> None:
-    assert device_step.serves(make_model().cuda())
-    assert not device_step.serves(make_model())
-    assert not device_step.serves(make_model().cuda().double())
-    assert not device_step.serves(make_model(use_flash=False).cuda())
-    hooked, replaced, pinned = (make_model().cuda() for _ in range(3))
-    hooked.h[0].mlp.register_forward_hook(lambda *_: None)
-    replaced.h[1].ln_1 = torch.nn.Identity()
-    pinned.set_attention(kernel="blocked")
-    assert not any(map(device_step.serves, (hooked, replaced, pinned)))
+def test_weights_on_a_gpu_are_served() -> None:
+    weight = torch.ones(2, 2, device="cuda")
+    assert device_step.serves(weight) and device_step.serves(weight.bfloat16())
+    assert not device_step.serves(weight.double()) and not device_step.serves(weight.cpu())
