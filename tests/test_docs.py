@@ -247,6 +247,80 @@ def test_the_parts_of_a_step_on_the_h100_are_those_of_the_raw_data() -> None:
             assert abs(table[name][at] - ms) < 0.051, (state["state"], name, ms)
 
 
+def table(page: str, heading: str) -> list[list[str]]:
+    """The lines of the first table below a heading, without its head."""
+    part = (ROOT / "docs" / page).read_text().split(heading)[1]
+    lines = part[part.index("|") :].split("\n\n")[0].splitlines()
+    return [line.strip("| ").split(" | ") for line in lines[2:]]
+
+
+def raw(path: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / path).read_text())
+
+
+def test_steps_with_dropout_and_the_switch_off_are_those_of_the_raw_data() -> None:
+    rows = [
+        [
+            *(str(row["batch"]), f"{row['dropout']:g}", row["way"]),
+            *(f"{statistics.median(row['ms']):.1f}", f"{row['tokens_per_second'] / 1e3:.0f}"),
+            f"{row['peak_bytes'] / 2**30:.1f}",
+        ]
+        for name in ("dropout", "standard")
+        for row in raw(f"nanogpt-speed/{name}.json")["rows"]
+    ]
+    assert table("performance.md", "### With dropout") == rows
+
+
+def test_losses_beside_nanogpt_are_those_of_the_raw_data() -> None:
+    found = raw("nanogpt-loss/loss.json")
+    claim = found["claims"]["final"]
+    peer = [run for run in found["runs"] if run["side"] == "nanogpt"]
+    assert table("performance.md", "### The same loss") == [
+        [str(run["seed"]), f"{run['final']:.4f}", f"{ours:+.4f}", f"{control:+.4f}"]
+        for run, ours, control in zip(
+            peer, claim["differences"], claim["control_differences"], strict=True
+        )
+    ]
+    assert not claim["holds"] and f"{claim['mean_difference']:+.4f}" == "+0.0086"
+
+
+def test_speeds_of_several_gpus_are_those_of_the_raw_data() -> None:
+    rows = []
+    for row in raw("scaling/scaling.json")["rows"]:
+        sent = row["communication"]
+        rows.append(
+            [
+                *(row["way"], f"{statistics.median(row['ms']):.1f}"),
+                *(f"{row['tokens_per_second'] / 1e3:,.0f}", f"{row.get('speedup', 1):.2f}"),
+                f"{row['peak_bytes'] / 2**30:.1f}",
+                f"{sent['nccl_ms']:.2f}" if sent else "-",
+                f"{sent['overlapped']:.0%}".replace("%", " %") if sent else "-",
+            ]
+        )
+    assert table("scaling.md", "On two H100s") == rows
+
+
+def test_speeds_of_writing_on_the_h100_are_those_of_the_raw_data() -> None:
+    found = raw("generate-h100/generate.json")
+    speeds = {(row["batch"], row["way"]): row for row in found["rows"]}
+
+    def speed(batch: int, way: str) -> str:
+        row = speeds.get((batch, way))
+        return f"{row['tokens_per_second']:,.0f}" if row else "-"
+
+    rows = [
+        [
+            *(str(batch), speed(batch, "ours")),
+            f"{speeds[batch, 'ours']['share']:.0%}".replace("%", " %"),
+            *(speed(batch, way) for way in ("dynamic", "static")),
+        ]
+        for batch in (1, 8, 32, 128)
+    ]
+    assert table("generation.md", "## How fast it is on an H100") == rows
+    readme = (ROOT / "README.md").read_text()
+    assert all(text in readme for text in (rows[0][1], rows[2][1], rows[0][4], rows[2][3]))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_point_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

@@ -8,7 +8,8 @@ Legend: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 
@@ -31,10 +32,12 @@ def decode(
 ) -> Iterator[int]:
     """Draws token ids after `prompt`, one at a time: `decode_rows` for a single row."""
     row = Row(list(prompt), config.max_new_tokens)
-    for _, drawn in decode_rows(
+    found = decode_rows(
         model, [row], config, vocab_size=vocab_size, eos_id=eos_id, use_cache=use_cache
-    ):
-        yield drawn.id
+    )
+    with contextlib.closing(found):  # now, not when the collector comes: a graph is given back
+        for _, drawn in found:
+            yield drawn.id
 
 
 def decode_rows(
@@ -46,7 +49,7 @@ def decode_rows(
     eos_id: int | None = None,
     use_cache: bool = True,
     top: int | None = None,
-) -> Iterator[tuple[Row, Drawn]]:
+) -> Generator[tuple[Row, Drawn], None, None]:
     """Draws a token for every row that has not ended, then the next for each.
 
     A row's tokens depend on its prompt, its number as a sample and the config, not on the rows
