@@ -21,7 +21,8 @@ from flashgpt.generation.cache import KVCache, Source, gather
 from flashgpt.generation.forward import Forward, packs, serves
 from flashgpt.model.gpt2 import GPTModel
 
-LEAST_TOKENS = 32  # to be drawn of a single text, that make up for copies of its model's matrices
+# What makes up for packing a model's matrices: tokens to be drawn, or of prompts at a time.
+LEAST_TOKENS, LEAST_PROMPT = 32, 512
 
 Reason = Literal["eos", "stop", "length", "context"]
 
@@ -135,7 +136,8 @@ class Logits:
             ids, pads = _padded(windows)
             size = (cfg, len(ids), weight.device, weight.dtype)
             made = KVCache(*size, pads=pads, capacity=capacity)
-            logits_BV = self._forward(ids, pads, made, self._fast)
+            fast = self._faster(len(ids) * len(ids[0]) >= LEAST_PROMPT)
+            logits_BV = self._forward(ids, pads, made, fast)
             for row in anew:
                 place = windows.index(tuple(row.window))
                 logits[row], places[row] = logits_BV[place], Source(made, place)
@@ -147,12 +149,15 @@ class Logits:
         return torch.stack([logits[row] for row in rows])
 
     def _step(self, rows: Sequence[Row], cache: KVCache) -> Tensor:
-        fast = self._fast
-        if len(rows) == 1 and self._packs:
-            if self._packed is None and rows[0].limit - len(rows[0].ids) >= LEAST_TOKENS:
-                self._packed = Forward(self._model, packed=True)
-            fast = self._packed or fast
+        left = sum(row.limit - len(row.ids) for row in rows)
+        fast = self._faster(left >= LEAST_TOKENS)
         return self._forward([[row.window[-1]] for row in rows], cache.pads, cache, fast)
+
+    def _faster(self, pays: bool) -> Forward | None:
+        """The fast forward pass; with packed matrices once there is enough to do to pack them."""
+        if pays and self._packed is None and self._packs:
+            self._packed = Forward(self._model, packed=True)
+        return self._packed or self._fast
 
     def _forward(
         self,

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from flashgpt.generation.cache import KVCache
+from flashgpt.generation.decode import decode
 from flashgpt.generation.forward import Forward, packs, serves
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.runconfig import SampleConfig
 
 Make = Callable[..., GPTModel]
 
@@ -26,8 +28,7 @@ def logits_of(model: GPTModel, ids: Tensor, chunks: list[int], packed: bool) -> 
     cache = KVCache(model.cfg, len(ids), weight.device, weight.dtype)
     with torch.inference_mode():
         for part in ids.split(chunks, 1):
-            last = part.shape == (1, 1)
-            found = Forward(model, packed=packed and last)(part, cache)
+            found = Forward(model, packed=packed)(part, cache)
     return found
 
 
@@ -47,7 +48,7 @@ def test_logits_are_the_models(
         for parameter in model.parameters():
             if parameter.dim() == 1:  # GPT-2 begins with equal ones
                 parameter.normal_(mean=float(len(parameter) == 16), std=0.5)
-    ids = torch.randint(257, (1 if packed else 3, 7), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(257, (3, 7), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(ids)[:, -1]
     limit = 2e-5 if packed else 1e-12
@@ -78,3 +79,23 @@ def test_copies_leave_the_model_alone(make_model: Make) -> None:
     Forward(model, packed=True)
     assert [p.stride() for p in model.parameters()] == strides
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("prompt", "count", "packs_"), [(2, 31, 0), (2, 33, 1), (600, 2, 1)])
+def test_matrices_are_packed_once_where_that_pays(
+    make_model: Make, prompt: int, count: int, packs_: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(context_length=640)
+    if not packs(model):
+        pytest.skip("this PyTorch has no oneDNN")
+    made = []
+    start = Forward.__init__
+
+    def init(self: Forward, model: GPTModel, *, packed: bool = False) -> None:
+        made.append(packed)
+        start(self, model, packed=packed)
+
+    monkeypatch.setattr(Forward, "__init__", init)
+    config = SampleConfig(temperature=0, max_new_tokens=count)
+    assert len(list(decode(model, [5] * prompt, config, vocab_size=257))) == count
+    assert made.count(True) == packs_
