@@ -10,7 +10,9 @@ width, I features that come in, O that go out, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -189,3 +191,16 @@ class Forward:
         for start, end in ((0, even), (even, vocab)):
             torch.mm(x_MD, weight_VD[start:end].t(), out=out_MC[:, start:end])
         return out_MC[:, :vocab]
+
+
+_packed: weakref.WeakKeyDictionary[GPTModel, tuple[Any, Forward]] = weakref.WeakKeyDictionary()
+
+
+def packed(model: GPTModel) -> Forward:
+    """The forward pass from packed matrices, which are kept for the next call on these weights."""
+    key = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+    kept = _packed.get(model)
+    if kept is None or kept[0] != key:
+        _packed.pop(model, None)  # first, for there may be no room for both
+        kept = _packed[model] = key, Forward(model, packed=True)
+    return kept[1]

@@ -6,6 +6,8 @@ pytest tests/generation/test_forward.py
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -81,13 +83,9 @@ def test_copies_leave_the_model_alone(make_model: Make) -> None:
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("prompt", "count", "packs_"), [(2, 31, 0), (2, 33, 1), (600, 2, 1)])
-def test_matrices_are_packed_once_where_that_pays(
-    make_model: Make, prompt: int, count: int, packs_: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make_model(context_length=640)
-    if not packs(model):
-        pytest.skip("this PyTorch has no oneDNN")
+@pytest.fixture
+def packings(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How often matrices were packed."""
     made = []
     start = Forward.__init__
 
@@ -96,6 +94,39 @@ def test_matrices_are_packed_once_where_that_pays(
         start(self, model, packed=packed)
 
     monkeypatch.setattr(Forward, "__init__", init)
+    return lambda: made.count(True)
+
+
+def tokens(model: GPTModel, prompt: int, count: int) -> list[int]:
     config = SampleConfig(temperature=0, max_new_tokens=count)
-    assert len(list(decode(model, [5] * prompt, config, vocab_size=257))) == count
-    assert made.count(True) == packs_
+    return list(decode(model, [5] * prompt, config, vocab_size=257))
+
+
+@pytest.mark.parametrize(("prompt", "count", "times"), [(2, 31, 0), (2, 33, 1), (600, 2, 1)])
+def test_matrices_are_packed_where_that_pays(
+    make_model: Make, prompt: int, count: int, times: int, packings: Callable[[], int]
+) -> None:
+    model = make_model(context_length=640)
+    if not packs(model):
+        pytest.skip("this PyTorch has no oneDNN")
+    assert len(tokens(model, prompt, count)) == count and packings() == times
+
+
+def test_packed_matrices_are_kept_for_these_weights_and_this_model(
+    make_model: Make, packings: Callable[[], int]
+) -> None:
+    model, other = make_model(context_length=64), make_model(context_length=64)
+    if not packs(model):
+        pytest.skip("this PyTorch has no oneDNN")
+    before = tokens(model, 2, 40)
+    assert tokens(model, 2, 40) == before and packings() == 1
+    for change in (lambda p: p.neg_(), lambda p: setattr(p, "data", p.data.neg())):
+        with torch.no_grad():
+            for weights in (model.h[0].mlp.c_fc.weight, other.h[0].mlp.c_fc.weight):
+                change(weights)
+        assert tokens(model, 2, 40) == tokens(copy.deepcopy(other), 2, 40)
+    assert packings() == 5  # each change twice
+    kept = weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is None
