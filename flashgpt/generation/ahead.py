@@ -135,7 +135,7 @@ class Ahead:
         self._model, self._logits, self._config = model, logits, config
         self._random, self._vocab_size = random, vocab_size
         self._serves = logits.is_plain and device_step.serves(model.wte.weight)
-        self._key: Any = None
+        self._own: tuple[Any, Graph] | None = None
         self._graph: Graph | None = None
         self._places: dict[Row, int] = {}
         self._events: list[torch.cuda.Event] = []
@@ -145,7 +145,7 @@ class Ahead:
     def tokens(self, rows: Sequence[Row]) -> list[int] | None:
         """The next token of each row; None if this step is for `logits`, whose cache is ready."""
         if not self._goes_on(rows):
-            self.end()
+            self._end()
             if not self._begins(rows):
                 return None
         assert self._graph is not None, "has begun"
@@ -180,31 +180,38 @@ class Ahead:
         self._most = min(left, room - cache.length)
         if self._most < LEAST_TOKENS:
             return False
-        self._key, self._graph = self._graph_of(len(rows), room)
+        self._own = self._graph_of(len(rows), room)
+        self._graph = self._own[1]
         random = [self._random[row][len(row.ids) :] for row in rows]
         self._graph.begin(cache, [row.window[-1] for row in rows], random)
         self._places = {row: place for place, row in enumerate(rows)}
         self._events, self._read = [], 0
         return True
 
-    def end(self) -> None:
-        """Gives the texts back as far as they were read."""
+    def _end(self) -> None:
+        """Gives the texts back as far as they were read; their cache is the graph's still."""
         if self._graph is None:
             return
         if self._events:
             self._events[-1].synchronize()
         self._logits.adopt(list(self._places), self._graph.cache)
-        if 2 * self._graph.cache.k_LBNSH.nbytes <= MOST_KEPT:
-            _kept[self._model] = (self._key, self._graph)
         self._graph, self._places = None, {}
 
+    def close(self) -> None:
+        """Ends for good: others may have the graph."""
+        self._end()
+        if self._own is not None and 2 * self._own[1].cache.k_LBNSH.nbytes <= MOST_KEPT:
+            _kept[self._model] = self._own
+        self._own = None
+
     def _graph_of(self, texts: int, room: int) -> tuple[Any, Graph]:
-        """A key and the graph kept under it, or a new one; nobody else has it until `end`."""
+        """A key and the graph under it: this one's own, or one that is kept, or a new one."""
         config, model = self._config, self._model
         drawing = (config.temperature, config.top_k, config.top_p, config.min_p)
         addresses = tuple(p.data_ptr() for p in model.parameters())
         key = (texts, room, self._vocab_size, drawing, model.wte.weight.dtype, addresses)
-        kept = _kept.pop(model, None)
-        if kept is not None and kept[0] == key:
-            return kept
+        found, self._own = self._own or _kept.pop(model, None), None
+        if found is not None and found[0] == key:
+            return found
+        del found  # there may be no room for both
         return key, Graph(model, config, texts, room, self._vocab_size)

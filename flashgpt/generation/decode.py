@@ -105,7 +105,7 @@ def decode_rows(
                     yield row, drawn
     finally:
         if ahead is not None:
-            ahead.end()
+            ahead.close()
 
 
 def check_prompt(prompt: Sequence[int], cfg: GPTConfig) -> None:

@@ -62,13 +62,14 @@ def step(
 def _of_few(
     x_BD: Tensor, model: GPTModel, cache: KVCache, state: State, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
+    from flashgpt.generation import triton_attend
     from flashgpt.generation import triton_step as do
 
     for index, block in enumerate(forward.blocks(model)):
         c_attn, c_proj = block.attn.c_attn, block.attn.c_proj
         qkv_BD = do.norm_linear(x_BD, block.ln_1, c_attn.weight, c_attn.bias)
         keys_and_values = cache.k_LBNSH[index], cache.v_LBNSH[index]
-        attention = do.attend_in_parts(state, qkv_BD, *keys_and_values)
+        attention = triton_attend.attend_in_parts(state, qkv_BD, *keys_and_values)
         do.attention_linear_add_(x_BD, attention, c_proj.weight, c_proj.bias)
         c_fc, c_proj = block.mlp.c_fc, block.mlp.c_proj
         gelu = model.cfg.activation
@@ -81,14 +82,14 @@ def _of_few(
 
 
 def _of_many(x_BD: Tensor, model: GPTModel, cache: KVCache, state: State) -> Tensor:
-    from flashgpt.generation import triton_step
+    from flashgpt.generation import triton_attend
 
     def attention(index: int, qkv_BD: Tensor) -> Tensor:
         keys_and_values = cache.k_LBNSH[index], cache.v_LBNSH[index]
         if len(x_BD) * model.cfg.n_heads >= FULL:
-            return triton_step.attend(state, qkv_BD, *keys_and_values)
-        parts = triton_step.attend_in_parts(state, qkv_BD, *keys_and_values)
-        return triton_step.join(*parts, qkv_BD.dtype)
+            return triton_attend.attend(state, qkv_BD, *keys_and_values)
+        parts = triton_attend.attend_in_parts(state, qkv_BD, *keys_and_values)
+        return triton_attend.join(*parts, qkv_BD.dtype)
 
     layers = Forward(model)
     return layers.logits_in_two(layers.hidden(x_BD.to(model.wte.weight.dtype), attention))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Generator, Iterator, Sequence
@@ -58,9 +59,11 @@ class TextGenerator:
             ValueError: an empty prompt or one longer than the context.
         """
         writer = self._writer(prompt, 0, config or SampleConfig())
-        for _, piece in self._write([writer], config or SampleConfig(), use_cache, None):
-            if piece:
-                yield piece
+        pieces = self._write([writer], config or SampleConfig(), use_cache, None)
+        with contextlib.closing(pieces):
+            for _, piece in pieces:
+                if piece:
+                    yield piece
         return writer.text()
 
     def texts(
@@ -115,10 +118,10 @@ class TextGenerator:
         config: SampleConfig,
         use_cache: bool,
         logprobs: int | None,
-    ) -> Iterator[tuple[_Writer, str]]:
+    ) -> Generator[tuple[_Writer, str], None, None]:
         """Runs the writers to their ends; gives each piece of text as it comes."""
         of = {writer.row: writer for writer in writers}
-        for row, drawn in decode_rows(
+        tokens = decode_rows(
             self.model,
             list(of),
             config,
@@ -126,8 +129,10 @@ class TextGenerator:
             eos_id=self.tokenizer.eos_id,
             use_cache=use_cache,
             top=logprobs,
-        ):
-            yield of[row], of[row].push(drawn)
+        )
+        with contextlib.closing(tokens):
+            for row, drawn in tokens:
+                yield of[row], of[row].push(drawn)
         for writer in writers:
             yield writer, writer.flush()
 

@@ -6,8 +6,8 @@ memory, and of the starts and ends of kernels. Hence few kernels, five a block: 
 all is in fp32. Each kernel may be launched while the one before still runs (programmatic dependent
 launch) and then reads its weights, which nobody writes, before it waits for the one before.
 
-Owns the kernels and their launches. Which kernel follows which is in device_step.py, which imports
-this file when the first CUDA model comes, for it needs Triton.
+Owns the kernels but attention's (triton_attend.py), and their launches. Which kernel follows which
+is in device_step.py, which imports this file when the first CUDA model comes, for it needs Triton.
 
 Legend: B texts, D features that come in, F features that go out, N heads, H head dim, S positions
 of the cache, V vocabulary.
@@ -30,8 +30,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 NONE = tl.constexpr(-float("inf"))
 MOST_TEXTS = 4  # with more, each is a pass over a tile that stays in registers, and these run out
 TILE = 16384  # weights of a program
-KEYS = 256  # positions of a part, in attention
-KEYS_WHOLE = 64  # of a step, where a program goes over all parts
 WARPS = 8
 GELUS = {None: 0, "gelu_new": 1, "gelu": 2}
 
@@ -153,123 +151,6 @@ def _linear_add(
 
 
 @triton.jit
-def _attend(
-    qkv_B3NH,
-    k_BNSH,
-    v_BNSH,
-    place_B,
-    pad_B,
-    parts_BNPH,
-    stats_BNP2,
-    out_BNH,
-    scale,
-    heads,
-    room,
-    parts: tl.constexpr,
-    chunk: tl.constexpr,
-    tile: tl.constexpr,
-    head_dim: tl.constexpr,
-    width: tl.constexpr,
-    early: tl.constexpr,
-):
-    """Attention of the token at `place` over a part of the keys; keeps its own key and value.
-
-    A program has one head of one text and `chunk` positions, in tiles. It leaves the sum of their
-    values, weighted by 2^(score - peak), with the peak and the sum of weights; or, with `out_BNH`,
-    the mean.
-    """
-    if early:
-        gdc_launch_dependents()
-    head, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    b, n = head // heads, head % heads
-    h = tl.arange(0, width)
-    inside = h < head_dim
-    place, pad = tl.load(place_B + b), tl.load(pad_B + b)
-    first = part * chunk
-    base = head.to(tl.int64) * room * head_dim
-    s = first + tl.arange(0, tile)
-    seen = (s >= pad) & (s < place)
-    at = base + s[:, None] * head_dim + h[None, :]
-    mask = seen[:, None] & inside[None, :]
-    k = tl.load(k_BNSH + at, mask=mask, other=0.0)
-    v = tl.load(v_BNSH + at, mask=mask, other=0.0)
-    if early:
-        gdc_wait()
-    own = qkv_B3NH + (b * 3 * heads + n) * head_dim + h
-    q = tl.load(own, mask=inside, other=0.0).to(tl.float32) * (scale * LOG2E)
-    score = tl.where(seen, tl.sum(k.to(tl.float32) * q[None, :], 1), NONE)
-    top = tl.max(score, 0)
-    # 2^(-inf - -inf) is no number: where nothing is seen, any finite peak does.
-    weight = tl.exp2(score - tl.where(top == NONE, 0.0, top))
-    total = tl.sum(weight, 0)
-    value = tl.sum(weight[:, None] * v.to(tl.float32), 0)
-    for start in range(first + tile, tl.minimum(first + chunk, place), tile):
-        s = start + tl.arange(0, tile)
-        seen = (s >= pad) & (s < place)
-        at = base + s[:, None] * head_dim + h[None, :]
-        mask = seen[:, None] & inside[None, :]
-        k = tl.load(k_BNSH + at, mask=mask, other=0.0)
-        v = tl.load(v_BNSH + at, mask=mask, other=0.0)
-        score = tl.where(seen, tl.sum(k.to(tl.float32) * q[None, :], 1), NONE)
-        peak = tl.maximum(top, tl.max(score, 0))
-        safe = tl.where(peak == NONE, 0.0, peak)
-        weight = tl.exp2(score - safe)
-        fade = tl.exp2(top - safe)
-        total = total * fade + tl.sum(weight, 0)
-        value = value * fade + tl.sum(weight[:, None] * v.to(tl.float32), 0)
-        top = peak
-    if (place >= first) & (place < first + chunk):
-        kind = k_BNSH.dtype.element_ty
-        k_own = tl.load(own + heads * head_dim, mask=inside, other=0.0).to(kind)
-        v_own = tl.load(own + 2 * heads * head_dim, mask=inside, other=0.0).to(kind)
-        at_own = base + place * head_dim + h
-        tl.store(k_BNSH + at_own, k_own, mask=inside)
-        tl.store(v_BNSH + at_own, v_own, mask=inside)
-        score_own = tl.sum(k_own.to(tl.float32) * q, 0)
-        peak = tl.maximum(top, score_own)
-        fade = tl.exp2(top - peak)
-        weight_own = tl.exp2(score_own - peak)
-        total = total * fade + weight_own
-        value = value * fade + weight_own * v_own.to(tl.float32)
-        top = peak
-    if out_BNH is not None:
-        tl.store(out_BNH + head * head_dim + h, value / total, mask=inside)
-    else:
-        at_part = head * parts + part
-        tl.store(parts_BNPH + at_part * head_dim + h, value, mask=inside)
-        tl.store(stats_BNP2 + at_part * 2, top)
-        tl.store(stats_BNP2 + at_part * 2 + 1, total)
-
-
-@triton.jit
-def _join(
-    parts_BNPH,
-    stats_BNP2,
-    out_BNH,
-    parts: tl.constexpr,
-    head_dim: tl.constexpr,
-    part_width: tl.constexpr,
-    width: tl.constexpr,
-    early: tl.constexpr,
-):
-    """The mean that the parts of one head's attention make."""
-    if early:
-        gdc_launch_dependents()
-        gdc_wait()
-    head = tl.program_id(0)
-    p = tl.arange(0, part_width)
-    h = tl.arange(0, width)
-    stat = stats_BNP2 + (head * parts + p) * 2
-    top = tl.load(stat, mask=p < parts, other=NONE)
-    share = tl.exp2(top - tl.max(top, 0))
-    total = tl.sum(share * tl.load(stat + 1, mask=p < parts, other=0.0), 0)
-    at = parts_BNPH + (head * parts + p)[:, None] * head_dim + h[None, :]
-    mask = (p < parts)[:, None] & (h < head_dim)[None, :]
-    value = tl.sum(share[:, None] * tl.load(at, mask=mask, other=0.0), 0)
-    tl.store(out_BNH + head * head_dim + h, value / total, mask=h < head_dim)
-
-
-@triton.jit
 def _embed(
     id_B,
     place_B,
@@ -350,7 +231,7 @@ def embed(state: State, wte_VD: Tensor, wpe_SD: Tensor) -> Tensor:
     texts, ins = len(state.id_B), wte_VD.shape[1]
     x_BD = _empty(state, ins)
     arguments = (state.id_B, state.place_B, state.pad_B, wte_VD, wpe_SD, x_BD)
-    _launch(_embed, texts, arguments, (ins, triton.next_power_of_2(ins)), x_BD.device)
+    launch_early(_embed, texts, arguments, (ins, triton.next_power_of_2(ins)), x_BD.device)
     return x_BD
 
 
@@ -373,69 +254,8 @@ def norm_linear(
     out_BF = x_BD.new_empty(texts, outs)
     arguments = (x_BD, norm.weight, norm.bias, weight_FD, bias_F, out_BF, best_BP2, outs, norm.eps)
     constants = (texts, ins, *_tile(ins), GELUS[gelu])
-    _launch(_norm_linear, programs(outs, ins), arguments, constants, x_BD.device)
+    launch_early(_norm_linear, programs(outs, ins), arguments, constants, x_BD.device)
     return out_BF
-
-
-def attend(state: State, qkv_BD: Tensor, k_BNSH: Tensor, v_BNSH: Tensor) -> Tensor:
-    """Attention of one token of each text over its text, whose key and value join the cache.
-
-    Args:
-        qkv_BD: [B, 3 N H], any dtype.
-        k_BNSH: keys of the positions before; contiguous, as v_BNSH.
-
-    Returns:
-        [B, N H], in the dtype of qkv.
-    """
-    texts, heads, _, head_dim = k_BNSH.shape
-    out_BD = qkv_BD.new_empty(texts, heads * head_dim)
-    _attend_in(1, state, qkv_BD, k_BNSH, v_BNSH, (None, None, out_BD))
-    return out_BD
-
-
-def attend_in_parts(
-    state: State, qkv_BD: Tensor, k_BNSH: Tensor, v_BNSH: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`attend`, its sums left apart for `attention_linear_add`, both in fp32.
-
-    Returns:
-        parts_BNPH: sums of values over parts of the keys, weighted by 2^(score - peak).
-        stats_BNP2: the peaks, and the sums of these weights.
-    """
-    _, heads, room, head_dim = k_BNSH.shape
-    parts = -(-room // KEYS)
-    parts_BNPH = _empty(state, heads, parts, head_dim)
-    stats_BNP2 = _empty(state, heads, parts, 2)
-    _attend_in(parts, state, qkv_BD, k_BNSH, v_BNSH, (parts_BNPH, stats_BNP2, None))
-    return parts_BNPH, stats_BNP2
-
-
-def join(parts_BNPH: Tensor, stats_BNP2: Tensor, dtype: torch.dtype) -> Tensor:
-    """The attention whose parts `attend_in_parts` left: [B, N H]."""
-    texts, heads, parts, head_dim = parts_BNPH.shape
-    out_BD = parts_BNPH.new_empty(texts, heads * head_dim, dtype=dtype)
-    sizes = (parts, head_dim)
-    constants = (*sizes, *map(triton.next_power_of_2, sizes))
-    _launch(_join, texts * heads, (parts_BNPH, stats_BNP2, out_BD), constants, out_BD.device)
-    return out_BD
-
-
-def _attend_in(
-    parts: int,
-    state: State,
-    qkv_BD: Tensor,
-    k_BNSH: Tensor,
-    v_BNSH: Tensor,
-    outs: tuple[Tensor | None, Tensor | None, Tensor | None],
-) -> None:
-    texts, heads, room, head_dim = k_BNSH.shape
-    tile = min(KEYS if parts > 1 else KEYS_WHOLE, triton.next_power_of_2(room))
-    scale = head_dim**-0.5
-    places = (state.place_B, state.pad_B)
-    arguments = (qkv_BD, k_BNSH, v_BNSH, *places, *outs, scale, heads, room)
-    chunk = -(-room // parts // tile) * tile
-    constants = (parts, chunk, tile, head_dim, triton.next_power_of_2(head_dim))
-    _launch(_attend, texts * heads * parts, arguments, constants, qkv_BD.device)
 
 
 def linear_add_(x_BF: Tensor, in_BD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> None:
@@ -443,7 +263,7 @@ def linear_add_(x_BF: Tensor, in_BD: Tensor, weight_FD: Tensor, bias_F: Tensor) 
     (texts, ins), outs = in_BD.shape, x_BF.shape[1]
     arguments = (in_BD, weight_FD, bias_F, x_BF, None, None, outs)
     constants = (texts, ins, *_tile(ins), 0, 1)
-    _launch(_linear_add, programs(outs, ins), arguments, constants, x_BF.device)
+    launch_early(_linear_add, programs(outs, ins), arguments, constants, x_BF.device)
 
 
 def attention_linear_add_(
@@ -455,7 +275,7 @@ def attention_linear_add_(
     ins, outs = heads * head_dim, x_BF.shape[1]
     arguments = (None, weight_FD, bias_F, x_BF, parts_BNPH, stats_BNP2, outs)
     constants = (texts, ins, *_tile(ins), parts, head_dim)
-    _launch(_linear_add, programs(outs, ins), arguments, constants, x_BF.device)
+    launch_early(_linear_add, programs(outs, ins), arguments, constants, x_BF.device)
 
 
 def advance(state: State, best_BP2: Tensor | None, last_place: int) -> None:
@@ -469,7 +289,7 @@ def advance(state: State, best_BP2: Tensor | None, last_place: int) -> None:
     changed = (state.id_B, state.place_B, state.drawn_B, state.tokens_LB)
     arguments = (best_BP2, *changed, count, last_place)
     constants = (triton.next_power_of_2(count),)
-    _launch(_advance, len(state.id_B), arguments, constants, state.id_B.device)
+    launch_early(_advance, len(state.id_B), arguments, constants, state.id_B.device)
 
 
 def programs(outs: int, ins: int) -> int:
@@ -486,13 +306,14 @@ def _tile(ins: int) -> tuple[int, int]:
     return max(1, TILE // width), width
 
 
-def _launch(
+def launch_early(
     kernel: Any,
     count: int,
     arguments: tuple[Any, ...],
     constants: tuple[Any, ...],
     device: torch.device,
 ) -> None:
+    """Launches a kernel whose last constant says whether it begins before the one before ends."""
     early = not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
     options = {"launch_pdl": True} if early else {}
     launch(kernel, count, arguments, (*constants, early), device, num_warps=WARPS, **options)

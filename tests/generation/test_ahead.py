@@ -175,7 +175,10 @@ def test_a_graph_is_made_once_and_serves_one_stream_at_a_time(
     alone = [list(decode(model, [token], config, vocab_size=VOCAB)) for token in (3, 5)]
     assert graphs() == 1
     streams = [decode(model, [token], config, vocab_size=VOCAB) for token in (3, 5)]
-    together = list(zip(*streams, strict=True))
+    together = []
+    for pair in zip(*streams, strict=True):
+        together.append(pair)
+        assert len(together) == 1 or not ahead._kept  # none for others while it is in use
     assert [list(ids) for ids in zip(*together, strict=True)] == alone
     assert graphs() == 2
 

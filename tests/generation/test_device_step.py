@@ -18,7 +18,7 @@ from flashgpt.model.gpt2 import GPTModel
 
 pytest.importorskip("triton")
 
-from flashgpt.generation import device_step, triton_step
+from flashgpt.generation import device_step, triton_attend, triton_step
 from flashgpt.generation.triton_step import State
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,8 +101,8 @@ def test_logits_and_cache_err_no_more_than_the_models_own(
 ) -> None:
     if DEVICE == "cpu" and dtype == torch.float16 and held not in (15, 21, 33):
         pytest.skip("in the interpreter fp32 will do")
-    monkeypatch.setattr(triton_step, "KEYS", 16)
-    monkeypatch.setattr(triton_step, "KEYS_WHOLE", 8)
+    monkeypatch.setattr(triton_attend, "KEYS", 16)
+    monkeypatch.setattr(triton_attend, "KEYS_WHOLE", 8)
     monkeypatch.setattr(device_step, "FULL", 14)
     monkeypatch.setattr(triton_step, "TILE", 512)  # many programs
     room, texts = 48, len(pads)
