@@ -7,7 +7,7 @@ examples:
   flashgpt generate runs/demo --prompt "def "
   flashgpt generate runs/demo --prompt "import " --temperature 0 --stop ";" --stop "def "
   flashgpt generate path/to/gpt2-folder --prompt "Once" --top-p 0.95 --seed 7 --samples 4
-  flashgpt generate gpt2-medium --prompt "Once"
+  flashgpt generate gpt2-medium --prompt "Once" --dtype bf16
   flashgpt generate runs/demo --file prompts.txt --samples 2 --jsonl
   flashgpt generate runs/demo --file - --logprobs 5 --jsonl
 
@@ -23,7 +23,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typing_extensions import Doc
 
@@ -57,6 +57,9 @@ class Args:
     ] = None
     best: Annotated[bool, Flag, Doc("of a run, its best checkpoint instead of the last")] = False
     use_flash: Annotated[bool | None, Doc("the switch; the model's own when left out")] = None
+    dtype: Annotated[
+        Literal["fp32", "bf16"], Doc("of the weights; bf16: on a GPU, with half the bytes to read")
+    ] = "fp32"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,16 +71,22 @@ def main(argv: Sequence[str]) -> int:
     if args.logprobs is not None and not args.jsonl:
         raise UsageError("--logprobs is written with --jsonl; add it")
     prompts = _prompts(args)
+    import torch
+
     from flashgpt.generation.text import TextGenerator
     from flashgpt.train.checkpoint import load
     from flashgpt.train.runtime import device
 
+    here = device("auto")
+    if args.dtype == "bf16" and here.type == "cpu":
+        raise UsageError("--dtype bf16 needs a GPU, and torch finds none; leave it out")
     model, tokenizer = load(args.model, best=args.best)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer; put a tokenizer.json beside its weights")
     if args.use_flash is not None:
         model.set_attention(use_flash=args.use_flash)
-    generator = TextGenerator(model.to(device("auto")), tokenizer)
+    model.to(here, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    generator = TextGenerator(model, tokenizer)
     if len(prompts) == args.samples == 1 and not args.jsonl:
         _stream(generator, prompts[0], args.sample)
         return 0

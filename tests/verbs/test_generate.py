@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+import torch
 
 from flashgpt.attention import kernels
 from flashgpt.generation.text import TextGenerator
@@ -135,6 +136,12 @@ def test_a_text_ends_before_the_first_stop_string(trained: Any, cli: Cli) -> Non
         (["--file", "long.txt", "--prompt", "a"], 2, "--file must stand without --prompt"),
         (["--prompt", ""], 1, "prompt must hold at least one token"),
         (["--prompt", "caf\udce9"], 1, "got the surrogate U+DCE9 at place 3; give it as UTF-8"),
+        pytest.param(
+            ["--dtype", "bf16"],
+            2,
+            "--dtype bf16 needs a GPU, and torch finds none; leave it out",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["--samples", "0"], 2, "--samples must be at least 1, got 0"),
         (["--batch", "0"], 2, "--batch must be at least 1, got 0"),
         (["--logprobs", "3"], 2, "--logprobs is written with --jsonl"),
