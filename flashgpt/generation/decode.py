@@ -90,7 +90,8 @@ def decode_rows(
             else:
                 logits_BV = logits.after(alive)[:, :vocab_size]
                 number = [0.0 if greedy else random[row][len(row.ids)] for row in alive]
-                chosen_B = sample(logits_BV, config, torch.tensor(number, device=device).double())
+                uniform_B = torch.tensor(number, dtype=torch.float64, device=device)
+                chosen_B = sample(logits_BV, config, uniform_B)
                 if top is None:
                     found = [Drawn(token) for token in chosen_B.tolist()]
                 else:

@@ -29,9 +29,13 @@ LEAST_CAPABILITY = (8, 0)  # of the GPU: what Triton supports, with bf16
 
 
 def serves(weight: Tensor) -> bool:
-    """Whether this file can, for a plain model with such weights: on a GPU that Triton knows."""
+    """Whether this file can, for a plain model with such weights, on a GPU that Triton knows.
+
+    It has to be the current one: there Triton launches, whatever its arguments are on.
+    """
     return (
         weight.is_cuda
+        and weight.get_device() == torch.cuda.current_device()
         and find_spec("triton") is not None
         and torch.cuda.get_device_capability(weight.device) >= LEAST_CAPABILITY
         and weight.dtype in DTYPES

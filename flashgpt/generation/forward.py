@@ -10,9 +10,7 @@ width, I features that come in, O that go out, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +43,16 @@ def serves(model: GPTModel) -> bool:
             return False
         if isinstance(layer, MultiHeadAttention) and (layer.kernel or not layer.use_flash):
             return False
-    return True
+        if isinstance(layer, nn.LayerNorm) and None in (layer.weight, layer.bias):
+            return False
+        if isinstance(layer, nn.GELU) and layer.approximate != _approximate(model):
+            return False
+    biased = [p for b in blocks(model) for p in (b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
+    return model.lm_head.bias is None and all(layer.bias is not None for layer in biased)
+
+
+def _approximate(model: GPTModel) -> str:
+    return "tanh" if model.cfg.activation == "gelu_new" else "none"
 
 
 def _kind(x: Tensor) -> tuple[torch.dtype, torch.device]:
@@ -143,7 +150,7 @@ class Forward:
         self._layers = [layer(block) for block in blocks(model)]
         self._lm_head = product(model.lm_head)
         self._ln_f = Norm(model.ln_f)
-        self._approximate = "tanh" if model.cfg.activation == "gelu_new" else "none"
+        self._approximate = _approximate(model)
 
     def __call__(
         self,
@@ -191,16 +198,3 @@ class Forward:
         for start, end in ((0, even), (even, vocab)):
             torch.mm(x_MD, weight_VD[start:end].t(), out=out_MC[:, start:end])
         return out_MC[:, :vocab]
-
-
-_packed: weakref.WeakKeyDictionary[GPTModel, tuple[Any, Forward]] = weakref.WeakKeyDictionary()
-
-
-def packed(model: GPTModel) -> Forward:
-    """The forward pass from packed matrices, which are kept for the next call on these weights."""
-    key = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
-    kept = _packed.get(model)
-    if kept is None or kept[0] != key:
-        _packed.pop(model, None)  # first, for there may be no room for both
-        kept = _packed[model] = key, Forward(model, packed=True)
-    return kept[1]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flashgpt.generation.cache import KVCache, Source, gather
-from flashgpt.generation.forward import Forward, packed, packs, serves
+from flashgpt.generation.forward import Forward, packs, serves
 from flashgpt.model.gpt2 import GPTModel
 
 # What makes up for packing a model's matrices: tokens to be drawn, or of prompts at a time.
@@ -156,7 +156,7 @@ class Logits:
     def _faster(self, pays: bool) -> Forward | None:
         """The fast forward pass; with packed matrices once there is enough to do to pack them."""
         if pays and self._packed is None and self._packs:
-            self._packed = packed(self._model)
+            self._packed = Forward(self._model, packed=True)
         return self._packed or self._fast
 
     def _forward(
