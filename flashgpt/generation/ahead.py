@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flashgpt.cudagraph import Stream
+from flashgpt import cudagraph
 from flashgpt.generation import device_step
 from flashgpt.generation.cache import KVCache
 from flashgpt.generation.rows import Logits, Row
@@ -60,7 +60,7 @@ class Graph:
         self.cache = KVCache(model.cfg, texts, weight.device, weight.dtype, capacity=room)
         self.on_host_LB = torch.empty(room, texts, dtype=torch.int64, pin_memory=weight.is_cuda)
         step = _step(model, config, self.cache, state, self.uniform_BL, vocab_size)
-        stream = Stream()
+        stream = cudagraph.Stream()
         stream.run(step)  # compiles, and makes what libraries cannot make during a capture
         self.replay, _ = stream.capture(step)
 
@@ -134,7 +134,6 @@ class Ahead:
     ) -> None:
         self._model, self._logits, self._config = model, logits, config
         self._random, self._vocab_size = random, vocab_size
-        self._serves = logits.is_plain and device_step.serves(model.wte.weight)
         self._own: tuple[Any, Graph] | None = None
         self._graph: Graph | None = None
         self._places: dict[Row, int] = {}
@@ -173,7 +172,7 @@ class Ahead:
 
     def _begins(self, rows: Sequence[Row]) -> bool:
         cache = self._logits.cache_of(rows)
-        if not self._serves or cache is None:
+        if not self._logits.is_on_gpu or cache is None:
             return False
         left = max(row.limit - len(row.ids) for row in rows)
         room = self._model.cfg.context_length

@@ -43,12 +43,13 @@ def serves(model: GPTModel) -> bool:
             return False
         if isinstance(layer, MultiHeadAttention) and (layer.kernel or not layer.use_flash):
             return False
-        if isinstance(layer, nn.LayerNorm) and None in (layer.weight, layer.bias):
+        if isinstance(layer, nn.LayerNorm) and any(p is None for p in layer._parameters.values()):
             return False
         if isinstance(layer, nn.GELU) and layer.approximate != _approximate(model):
             return False
     biased = [p for b in blocks(model) for p in (b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
-    return model.lm_head.bias is None and all(layer.bias is not None for layer in biased)
+    head = model.lm_head._parameters["bias"]
+    return head is None and all(layer.bias is not None for layer in biased)
 
 
 def _approximate(model: GPTModel) -> str:
@@ -158,8 +159,15 @@ class Forward:
         cache: KVCache,
         documents_BS: Tensor | None = None,
         positions_BT: Tensor | None = None,
+        *,
+        last_B: Tensor | None = None,
     ) -> Tensor:
-        """logits_BV; the tokens join the cache. Arguments are those of the model."""
+        """logits_BV; the tokens join the cache. Arguments are those of the model.
+
+        Args:
+            last_B: the one of the B T tokens that each text's logits are to follow; its last when
+                left out.
+        """
         (batch, count), start = ids_BT.shape, cache.length
         if positions_BT is None:
             place_TD = self._wpe_SD[start : start + count]
@@ -175,7 +183,7 @@ class Forward:
         x_BTD = F.embedding(ids_BT, self._wte_VD) + place_TD
         x_MD = self.hidden(x_BTD.flatten(0, 1), attention)
         cache.advance(count)
-        return self.logits(x_MD[count - 1 :: count])
+        return self.logits(x_MD[count - 1 :: count] if last_B is None else x_MD[last_B])
 
     def hidden(self, x_MD: Tensor, attention: Callable[[int, Tensor], Tensor]) -> Tensor:
         """x_MD behind the last block; `attention` takes a block's number and qkv_MD."""

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flashgpt.generation import device_step, prompt
 from flashgpt.generation.cache import KVCache, Source, gather
 from flashgpt.generation.forward import Forward, packs, serves
 from flashgpt.model.gpt2 import GPTModel
@@ -66,6 +67,10 @@ class Logits:
     Args:
         model: is used in eval mode; between calls it is in the mode it was in.
         use_cache: False computes every window whole, for comparison.
+
+    Attributes:
+        is_on_gpu: whether the model's weights are all that there is to it, on a GPU that can have
+            its steps as CUDA graphs.
     """
 
     def __init__(self, model: GPTModel, *, use_cache: bool = True) -> None:
@@ -73,13 +78,9 @@ class Logits:
         self._fast = Forward(model) if use_cache and serves(model) else None
         self._packs = self._fast is not None and packs(model)
         self._packed: Forward | None = None
+        self.is_on_gpu = self._fast is not None and device_step.serves(model.wte.weight)
         self._rows: list[Row] = []
         self._cache: KVCache | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the model's weights are all that there is to it."""
-        return self._fast is not None
 
     def cache_of(self, rows: Sequence[Row]) -> KVCache | None:
         """The cache, if it holds these rows in this order; what `adopt` takes back."""
@@ -136,8 +137,7 @@ class Logits:
             ids, pads = _padded(windows)
             size = (cfg, len(ids), weight.device, weight.dtype)
             made = KVCache(*size, pads=pads, capacity=capacity)
-            fast = self._faster(len(ids) * len(ids[0]) >= LEAST_PROMPT)
-            logits_BV = self._forward(ids, pads, made, fast)
+            logits_BV = self._prefill(ids, pads, made)
             for row in anew:
                 place = windows.index(tuple(row.window))
                 logits[row], places[row] = logits_BV[place], Source(made, place)
@@ -147,6 +147,14 @@ class Logits:
         self._cache = first if sources == as_they_are else gather(sources, capacity)
         self._rows = rows
         return torch.stack([logits[row] for row in rows])
+
+    def _prefill(self, ids: list[list[int]], pads: Sequence[int], cache: KVCache) -> Tensor:
+        if self.is_on_gpu and len(ids) == 1:
+            one = prompt.pass_for(self._model, len(ids[0]))
+            if one is not None:
+                return one(ids[0], cache)
+        fast = self._faster(len(ids) * len(ids[0]) >= LEAST_PROMPT)
+        return self._forward(ids, pads, cache, fast)
 
     def _step(self, rows: Sequence[Row], cache: KVCache) -> Tensor:
         left = sum(row.limit - len(row.ids) for row in rows)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from flashgpt import cudagraph
 from flashgpt.config import GPTConfig
+from flashgpt.generation import ahead, device_step, prompt
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.tokenizer import Tokenizer
 
@@ -42,3 +45,35 @@ def model() -> GPTModel:
 def tokenizer() -> Tokenizer:
     """One id a byte."""
     return Tokenizer.bytes()
+
+
+class PlainStream:
+    """What cudagraph.Stream does, without a stream."""
+
+    def run(self, call: Callable[[], Tensor | None]) -> None:
+        call()
+
+    def capture(
+        self, call: Callable[[], Tensor | None]
+    ) -> tuple[Callable[[], None], Tensor | None]:
+        out = call()
+
+        def replay() -> None:
+            if out is not None:
+                out.zero_()
+            found = call()
+            if out is not None and found is not None:
+                out.copy_(found)
+
+        return replay, out
+
+
+@pytest.fixture
+def graphs_without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Models are served as on a GPU; without one a graph is a plain call."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(device_step, "serves", lambda weight: True)
+        monkeypatch.setattr(cudagraph, "Stream", PlainStream)
+    yield
+    ahead._kept.clear()
+    prompt._kept.clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,19 +29,6 @@ from flashgpt.generation import ahead, device_step, triton_step
 CUDA = torch.cuda.is_available()
 VOCAB = 257
 Make = Callable[..., GPTModel]
-
-
-class PlainStream:
-    """What Stream does, without a stream."""
-
-    captures = 0
-
-    def run(self, call: Callable[[], None]) -> None:
-        call()
-
-    def capture(self, call: Callable[[], None]) -> tuple[Callable[[], None], None]:
-        PlainStream.captures += 1
-        return call, None
 
 
 class PlainEvent:
@@ -75,8 +62,8 @@ def plain_advance(state: triton_step.State, best: None, last_place: int) -> None
 
 @pytest.fixture(autouse=True)
 def graphs(
-    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> Iterator[Callable[[], int]]:
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, graphs_without_gpu: None
+) -> Callable[[], int]:
     """Lets every run be drawn ahead; how often a graph was made."""
     monkeypatch.setattr(ahead, "LEAST_TOKENS", 1)
     made: list[ahead.Graph] = []
@@ -88,14 +75,11 @@ def graphs(
 
     monkeypatch.setattr(ahead.Graph, "__init__", count)
     if not CUDA:
-        monkeypatch.setattr(device_step, "serves", lambda weight: True)
-        monkeypatch.setattr(ahead, "Stream", PlainStream)
         monkeypatch.setattr(torch.cuda, "Event", PlainEvent)
         if "on_device" not in request.fixturenames:
             monkeypatch.setattr(device_step, "step", plain_step)
             monkeypatch.setattr(triton_step, "advance", plain_advance)
-    yield lambda: len(made)
-    ahead._kept.clear()
+    return lambda: len(made)
 
 
 @pytest.fixture
