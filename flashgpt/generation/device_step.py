@@ -1,8 +1,8 @@
 """One position of a GPT-2 for every text of a batch, over a cache, with nothing left to the host.
 
 All that changes from step to step stands on the device, so the same launches serve each: what a
-CUDA graph needs. A few texts go through kernels of our own (triton_step.py), many through
-PyTorch's products, around attention of our own.
+CUDA graph needs. A few texts go through kernels of our own (triton_step.py), some through others
+(triton_dot.py), many through PyTorch's products; attention is our own.
 
 Legend: B texts, D model width, P programs, V vocabulary.
 """
@@ -55,26 +55,31 @@ def step(
     Returns:
         logits_BV, and `best_BP2` for `advance`, None with many texts.
     """
-    from flashgpt.generation import triton_step
+    from flashgpt.generation import triton_dot, triton_step
 
     x_BD = triton_step.embed(state, model.wte.weight, model.wpe.weight)
-    if len(x_BD) > triton_step.MOST_TEXTS:
-        return _of_many(x_BD, model, cache, state)[:, :vocab_size], None
-    return _of_few(x_BD, model, cache, state, vocab_size)
+    if len(x_BD) > triton_dot.MOST_TEXTS:
+        return _by_products(x_BD, model, cache, state)[:, :vocab_size], None
+    return _by_kernels(x_BD, model, cache, state, vocab_size)
 
 
-def _of_few(
+def _by_kernels(
     x_BD: Tensor, model: GPTModel, cache: KVCache, state: State, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    from flashgpt.generation import triton_attend
-    from flashgpt.generation import triton_step as do
+    from flashgpt.generation import triton_attend, triton_dot, triton_step
 
+    few = len(x_BD) <= triton_step.MOST_TEXTS
+    do = triton_step if few else triton_dot
     for index, block in enumerate(forward.blocks(model)):
         c_attn, c_proj = block.attn.c_attn, block.attn.c_proj
         qkv_BD = do.norm_linear(x_BD, block.ln_1, c_attn.weight, c_attn.bias)
         keys_and_values = cache.k_LBNSH[index], cache.v_LBNSH[index]
-        attention = triton_attend.attend_in_parts(state, qkv_BD, *keys_and_values)
-        do.attention_linear_add_(x_BD, attention, c_proj.weight, c_proj.bias)
+        if few:
+            parts = triton_attend.attend_in_parts(state, qkv_BD, *keys_and_values)
+            triton_step.attention_linear_add_(x_BD, parts, c_proj.weight, c_proj.bias)
+        else:
+            out_BD = _attention(state, qkv_BD, *keys_and_values)
+            triton_dot.linear_add_(x_BD, out_BD, c_proj.weight, c_proj.bias)
         c_fc, c_proj = block.mlp.c_fc, block.mlp.c_proj
         gelu = model.cfg.activation
         inner_BD = do.norm_linear(x_BD, block.ln_2, c_fc.weight, c_fc.bias, gelu)
@@ -85,15 +90,20 @@ def _of_few(
     return logits_BV, best_BP2
 
 
-def _of_many(x_BD: Tensor, model: GPTModel, cache: KVCache, state: State) -> Tensor:
-    from flashgpt.generation import triton_attend
-
+def _by_products(x_BD: Tensor, model: GPTModel, cache: KVCache, state: State) -> Tensor:
     def attention(index: int, qkv_BD: Tensor) -> Tensor:
-        keys_and_values = cache.k_LBNSH[index], cache.v_LBNSH[index]
-        if len(x_BD) * model.cfg.n_heads >= FULL:
-            return triton_attend.attend(state, qkv_BD, *keys_and_values)
-        parts = triton_attend.attend_in_parts(state, qkv_BD, *keys_and_values)
-        return triton_attend.join(*parts, qkv_BD.dtype)
+        return _attention(state, qkv_BD, cache.k_LBNSH[index], cache.v_LBNSH[index])
 
     layers = Forward(model)
     return layers.logits_in_two(layers.hidden(x_BD.to(model.wte.weight.dtype), attention))
+
+
+def _attention(state: State, qkv_BD: Tensor, k_BNSH: Tensor, v_BNSH: Tensor) -> Tensor:
+    """In parts where whole heads would leave the GPU idle."""
+    from flashgpt.generation import triton_attend
+
+    texts, heads = k_BNSH.shape[:2]
+    if texts * heads >= FULL:
+        return triton_attend.attend(state, qkv_BD, k_BNSH, v_BNSH)
+    parts = triton_attend.attend_in_parts(state, qkv_BD, k_BNSH, v_BNSH)
+    return triton_attend.join(*parts, qkv_BD.dtype)

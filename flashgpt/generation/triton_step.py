@@ -312,8 +312,12 @@ def launch_early(
     arguments: tuple[Any, ...],
     constants: tuple[Any, ...],
     device: torch.device,
+    warps: int = WARPS,
+    stages: int = 3,
 ) -> None:
     """Launches a kernel whose last constant says whether it begins before the one before ends."""
     early = not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
-    options = {"launch_pdl": True} if early else {}
-    launch(kernel, count, arguments, (*constants, early), device, num_warps=WARPS, **options)
+    options = {"num_warps": warps, "num_stages": stages}
+    if early:
+        options["launch_pdl"] = True
+    launch(kernel, count, arguments, (*constants, early), device, **options)

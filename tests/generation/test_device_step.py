@@ -18,7 +18,7 @@ from flashgpt.model.gpt2 import GPTModel
 
 pytest.importorskip("triton")
 
-from flashgpt.generation import device_step, triton_attend, triton_step
+from flashgpt.generation import device_step, triton_attend, triton_dot, triton_step
 from flashgpt.generation.triton_step import State
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,8 +87,11 @@ def results(logits: Tensor, cache: KVCache, held: int) -> list[Tensor]:
         ([0], 47, {"emb_dim": 36, "n_heads": 3}),  # the last there is room for
         ([0, 5], 21, {"qkv_bias": True}),
         ([0, 17, 1], 40, {"emb_dim": 20, "n_heads": 1}),  # a part that holds no text
-        ([0, 3, 0, 1, 2, 0, 0, 5, 9], 33, {}),  # by PyTorch's products
-        ([0, 3, 0, 1, 2, 0], 33, {}),  # so, with attention in parts
+        ([0, 3, 0, 1, 2, 0, 0, 5, 9], 33, {}),  # through tensor cores
+        ([0, 3, 0, 1, 2, 0], 21, {"emb_dim": 36, "n_heads": 3, "qkv_bias": True}),
+        ([0, 3, 0, 1, 2], 15, {"activation": "gelu"}),  # so, with attention in parts
+        ([0, 1, 2] * 7, 33, {}),  # by PyTorch's products
+        ([0, 1, 2] * 7, 33, {"n_heads": 1}),  # so, with attention in parts
     ],
 )
 def test_logits_and_cache_err_no_more_than_the_models_own(
@@ -101,11 +104,13 @@ def test_logits_and_cache_err_no_more_than_the_models_own(
 ) -> None:
     if DEVICE == "cpu" and dtype == torch.float16 and held not in (15, 21, 33):
         pytest.skip("in the interpreter fp32 will do")
+    room, texts = 48, len(pads)
     monkeypatch.setattr(triton_attend, "KEYS", 16)
     monkeypatch.setattr(triton_attend, "KEYS_WHOLE", 8)
-    monkeypatch.setattr(device_step, "FULL", 14)
+    monkeypatch.setattr(device_step, "FULL", 25 if texts == 21 else 14)
     monkeypatch.setattr(triton_step, "TILE", 512)  # many programs
-    room, texts = 48, len(pads)
+    monkeypatch.setattr(triton_dot, "MOST_TEXTS", 20)
+    monkeypatch.setattr(triton_dot, "MANY", 100)  # the head alone
     model = make_model(context_length=room, **shape).to(DEVICE, dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
