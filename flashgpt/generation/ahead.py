@@ -207,7 +207,7 @@ class Ahead:
         """A key and the graph under it: this one's own, or one that is kept, or a new one."""
         config, model = self._config, self._model
         drawing = (config.temperature, config.top_k, config.top_p, config.min_p)
-        addresses = tuple(p.data_ptr() for p in model.parameters())
+        addresses = [p.data_ptr() for p in self._logits.weights or ()]
         key = (texts, room, self._vocab_size, drawing, model.wte.weight.dtype, addresses)
         found, self._own = self._own or _kept.pop(model, None), None
         if found is not None and found[0] == key:

@@ -122,4 +122,5 @@ def check_prompt(prompt: Sequence[int], cfg: GPTConfig) -> None:
             f"prompt must be at most context_length {cfg.context_length} tokens, "
             f"got {len(prompt)}; shorten it"
         )
-    check_ids(torch.tensor(prompt), cfg.vocab_size, "prompt ids")
+    if min(prompt) < 0 or max(prompt) >= cfg.vocab_size:  # by itself faster than a tensor
+        check_ids(torch.tensor(prompt), cfg.vocab_size, "prompt ids")

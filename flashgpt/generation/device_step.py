@@ -10,6 +10,7 @@ Legend: B texts, D model width, P programs, V vocabulary.
 from __future__ import annotations
 
 from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,7 +70,7 @@ def _by_kernels(
     from flashgpt.generation import triton_attend, triton_dot, triton_step
 
     few = len(x_BD) <= triton_step.MOST_TEXTS
-    do = triton_step if few else triton_dot
+    do: ModuleType = triton_step if few else triton_dot
     for index, block in enumerate(forward.blocks(model)):
         c_attn, c_proj = block.attn.c_attn, block.attn.c_proj
         qkv_BD = do.norm_linear(x_BD, block.ln_1, c_attn.weight, c_attn.bias)
@@ -84,10 +85,8 @@ def _by_kernels(
         gelu = model.cfg.activation
         inner_BD = do.norm_linear(x_BD, block.ln_2, c_fc.weight, c_fc.bias, gelu)
         do.linear_add_(x_BD, inner_BD, c_proj.weight, c_proj.bias)
-    head_VD = model.lm_head.weight[:vocab_size]
-    best_BP2 = x_BD.new_empty(len(x_BD), do.programs(*head_VD.shape), 2)
-    logits_BV = do.norm_linear(x_BD, model.ln_f, head_VD, None, best_BP2=best_BP2)
-    return logits_BV, best_BP2
+    found: tuple[Tensor, Tensor] = do.head(x_BD, model.ln_f, model.lm_head.weight[:vocab_size])
+    return found
 
 
 def _by_products(x_BD: Tensor, model: GPTModel, cache: KVCache, state: State) -> Tensor:

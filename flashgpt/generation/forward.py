@@ -33,31 +33,31 @@ ROWS = 1024  # for which matrices are packed; as good for fewer
 ONEDNN = ("_reorder_linear_weight", "_linear_pointwise")
 
 
-def serves(model: GPTModel) -> bool:
-    """Whether the model is what this file computes: plain layers in one dtype, the switch on."""
-    kind = _kind(model.wte.weight)
+def weights_of(model: GPTModel) -> list[Tensor] | None:
+    """All weights of a model that this file computes; of another None.
+
+    It has plain layers in one dtype, and the switch on.
+    """
+    found: list[Tensor] = []
     for layer in model.modules():
+        own = layer._parameters
         if not is_plain(layer, LAYERS):
-            return False
-        if any(p is not None and _kind(p) != kind for p in layer._parameters.values()):
-            return False
+            return None
         if isinstance(layer, MultiHeadAttention) and (layer.kernel or not layer.use_flash):
-            return False
-        if isinstance(layer, nn.LayerNorm) and any(p is None for p in layer._parameters.values()):
-            return False
+            return None
+        if isinstance(layer, nn.LayerNorm) and any(p is None for p in own.values()):
+            return None
         if isinstance(layer, nn.GELU) and layer.approximate != _approximate(model):
-            return False
+            return None
+        found += (p for p in own.values() if p is not None)
     biased = [p for b in blocks(model) for p in (b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
-    head = model.lm_head._parameters["bias"]
-    return head is None and all(layer.bias is not None for layer in biased)
+    if model.lm_head._parameters["bias"] is not None or any(p.bias is None for p in biased):
+        return None
+    return found if len({(p.dtype, p.device) for p in found}) == 1 else None
 
 
 def _approximate(model: GPTModel) -> str:
     return "tanh" if model.cfg.activation == "gelu_new" else "none"
-
-
-def _kind(x: Tensor) -> tuple[torch.dtype, torch.device]:
-    return x.dtype, x.device
 
 
 def blocks(model: GPTModel) -> list[TransformerBlock]:
@@ -129,7 +129,7 @@ class Forward:
     """Logits of a plain model after the last position, over a cache.
 
     Args:
-        model: that `serves` accepts.
+        model: of which `weights_of` gives the weights.
         packed: products from copies, twice the memory; where `packs` says so.
     """
 

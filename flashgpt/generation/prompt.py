@@ -66,18 +66,19 @@ class Pass:
         return self._forward(self._ids_BR, self._cache, last_B=self._last_B)
 
 
-def pass_for(model: GPTModel, count: int) -> Pass | None:
+def pass_for(model: GPTModel, weights: Sequence[Tensor], count: int) -> Pass | None:
     """The pass over a prompt of so many tokens, made or kept; None if it would not pay.
 
     Args:
-        model: that `forward.serves` accepts, on a GPU that `device_step.serves` accepts.
+        model: of plain layers, on a GPU that `device_step.serves`.
+        weights: all that `forward.weights_of` it.
     """
     cfg, weight = model.cfg, model.wte.weight
     room = min(max(LEAST_ROOM, 1 << (count - 1).bit_length()), cfg.context_length)
     size = 2 * cfg.n_layers * cfg.emb_dim * room * weight.itemsize
     if room > MOST_ROOM or size > MOST_BYTES:
         return None
-    key = weight.dtype, tuple(p.data_ptr() for p in model.parameters())
+    key = weight.dtype, [p.data_ptr() for p in weights]
     if model not in _kept or _kept[model][0] != key:
         _kept[model] = key, {}
     passes = _kept[model][1]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flashgpt.generation import device_step, prompt
 from flashgpt.generation.cache import KVCache, Source, gather
-from flashgpt.generation.forward import Forward, packs, serves
+from flashgpt.generation.forward import Forward, packs, weights_of
 from flashgpt.model.gpt2 import GPTModel
 
 # What makes up for packing a model's matrices: tokens to be drawn, or of prompts at a time.
@@ -69,16 +69,17 @@ class Logits:
         use_cache: False computes every window whole, for comparison.
 
     Attributes:
-        is_on_gpu: whether the model's weights are all that there is to it, on a GPU that can have
-            its steps as CUDA graphs.
+        weights: the model's, if they are all that there is to it.
+        is_on_gpu: whether that is so, on a GPU that can have its steps as CUDA graphs.
     """
 
     def __init__(self, model: GPTModel, *, use_cache: bool = True) -> None:
         self._model, self._use_cache = model, use_cache
-        self._fast = Forward(model) if use_cache and serves(model) else None
-        self._packs = self._fast is not None and packs(model)
+        self.weights = weights_of(model) if use_cache else None
+        self.is_on_gpu = self.weights is not None and device_step.serves(model.wte.weight)
+        self._packs = self.weights is not None and packs(model)
+        self._fast: Forward | None = None
         self._packed: Forward | None = None
-        self.is_on_gpu = self._fast is not None and device_step.serves(model.wte.weight)
         self._rows: list[Row] = []
         self._cache: KVCache | None = None
 
@@ -149,8 +150,8 @@ class Logits:
         return torch.stack([logits[row] for row in rows])
 
     def _prefill(self, ids: list[list[int]], pads: Sequence[int], cache: KVCache) -> Tensor:
-        if self.is_on_gpu and len(ids) == 1:
-            one = prompt.pass_for(self._model, len(ids[0]))
+        if self.is_on_gpu and len(ids) == 1 and self.weights is not None:
+            one = prompt.pass_for(self._model, self.weights, len(ids[0]))
             if one is not None:
                 return one(ids[0], cache)
         fast = self._faster(len(ids) * len(ids[0]) >= LEAST_PROMPT)
@@ -163,8 +164,12 @@ class Logits:
 
     def _faster(self, pays: bool) -> Forward | None:
         """The fast forward pass; with packed matrices once there is enough to do to pack them."""
+        if self.weights is None:
+            return None
         if pays and self._packed is None and self._packs:
             self._packed = Forward(self._model, packed=True)
+        if self._packed is None and self._fast is None:
+            self._fast = Forward(self._model)
         return self._packed or self._fast
 
     def _forward(

@@ -241,21 +241,43 @@ def norm_linear(
     weight_FD: Tensor,
     bias_F: Tensor | None,
     gelu: str | None = None,
-    best_BP2: Tensor | None = None,
 ) -> Tensor:
     """gelu(LayerNorm(x) weight^T + bias) [B, F]; x and the result in fp32.
 
     Args:
         gelu: name of the activation, None for none.
-        best_BP2: [B, programs(F, D), 2]; gets the largest of each program's outputs and, as bits,
-            its place.
     """
+    out_BF = x_BD.new_empty(len(x_BD), len(weight_FD))
+    _launch_norm_linear(x_BD, norm, weight_FD, bias_F, gelu, out_BF, None)
+    return out_BF
+
+
+def head(x_BD: Tensor, norm: nn.LayerNorm, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """logits_BV = LayerNorm(x) weight^T, all in fp32.
+
+    Returns:
+        the logits, and `best_BP2`: the largest of each program's and, as bits, its place.
+    """
+    (texts, ins), vocab = x_BD.shape, len(weight_VD)
+    logits_BV = x_BD.new_empty(texts, vocab)
+    best_BP2 = x_BD.new_empty(texts, programs(vocab, ins), 2)
+    _launch_norm_linear(x_BD, norm, weight_VD, None, None, logits_BV, best_BP2)
+    return logits_BV, best_BP2
+
+
+def _launch_norm_linear(
+    x_BD: Tensor,
+    norm: nn.LayerNorm,
+    weight_FD: Tensor,
+    bias_F: Tensor | None,
+    gelu: str | None,
+    out_BF: Tensor,
+    best_BP2: Tensor | None,
+) -> None:
     (texts, ins), outs = x_BD.shape, len(weight_FD)
-    out_BF = x_BD.new_empty(texts, outs)
     arguments = (x_BD, norm.weight, norm.bias, weight_FD, bias_F, out_BF, best_BP2, outs, norm.eps)
     constants = (texts, ins, *_tile(ins), GELUS[gelu])
     launch_early(_norm_linear, programs(outs, ins), arguments, constants, x_BD.device)
-    return out_BF
 
 
 def linear_add_(x_BF: Tensor, in_BD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> None:
@@ -282,7 +304,7 @@ def advance(state: State, best_BP2: Tensor | None, last_place: int) -> None:
     """Takes the token in `id_B`, or the best one, as drawn.
 
     Args:
-        best_BP2: what `norm_linear` left.
+        best_BP2: what `head` left.
         last_place: of the cache; places stay there.
     """
     count = 1 if best_BP2 is None else best_BP2.shape[1]

@@ -110,7 +110,6 @@ def test_logits_and_cache_err_no_more_than_the_models_own(
     monkeypatch.setattr(device_step, "FULL", 25 if texts == 21 else 14)
     monkeypatch.setattr(triton_step, "TILE", 512)  # many programs
     monkeypatch.setattr(triton_dot, "MOST_TEXTS", 20)
-    monkeypatch.setattr(triton_dot, "MANY", 100)  # the head alone
     model = make_model(context_length=room, **shape).to(DEVICE, dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
