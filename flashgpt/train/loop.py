@@ -117,7 +117,7 @@ class Run:
                 self.parts.guard.in_a_row = 0
             evaluation = self._look(step, entry)
         self._save(step, entry)
-        self.saver.wait()
+        self._wait()
         self.record.plot()
         assert self.saved is not None
         if step >= self.last:  # a signal during the last step interrupted nothing
@@ -225,7 +225,7 @@ class Run:
         guard.release()
         self.record.log(entry)
         self._save(done.step + 1, entry)
-        self.saver.wait()
+        self._wait()
         self.record.plot()
         self.parts.parallel.lead(lambda: self._give_up(done, entry))
 
@@ -241,8 +241,10 @@ class Run:
     def _keep(self, done: Done) -> str:
         """Writes the incident's folder, in the first process; returns what to say of it."""
         parts = in_one_process(self.parts)
-        if parts is None:
-            return ""
+        return self.parts.parallel.lead(lambda: self._examine(parts, done))
+
+    def _examine(self, parts: Parts | None, done: Done) -> str:
+        assert parts is not None, "the first process has them"
         micros = self.feed.whole(done.step)
         seed = dropout_seed(self.train.seed, done.step)
         scale = parts.guard.loss_scale
@@ -274,7 +276,7 @@ class Run:
 
         False if there is none, or after MOST_ROLLBACKS.
         """
-        self.saver.wait()
+        self._wait()
         before = step - LIMIT_IN_A_ROW
         ranges = self.record.state["skipped"]
         found = self.parts.parallel.lead(lambda: self._newest(before))
@@ -308,6 +310,10 @@ class Run:
             parallel=self.parts.parallel,
         )
 
+    def _wait(self) -> None:
+        """Waits until checkpoints are written; all do, where no timeout of NCCL runs."""
+        self.parts.parallel.lead(self.saver.wait)
+
     def _save(self, step: int, entry: dict[str, Any] | None) -> None:
         """Copies the state, and writes it as the checkpoint of `step` while training goes on.
 
@@ -317,7 +323,7 @@ class Run:
         path = self.record.folder / checkpoint.FOLDER / checkpoint.name_of(step)
         if path == self.saved:
             return
-        self.saver.wait()
+        self._wait()
         self.saved = path
         parts, record = self.parts, self.record
         tensors: dict[str, dict[str, Tensor]] = {

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from flashgpt.train import checkpoint, loop
+from flashgpt.train.parallel import Parallel
+from flashgpt.train.saver import Saver
 
 Cli = Callable[..., Any]
 
@@ -158,6 +160,30 @@ def test_the_last_step_is_saved_before_it_is_evaluated(
     assert len(run.metrics) == 11
     assert "step 12: validation loss" in cli("train", "--resume", "--out", run.folder).done()
     assert run.metrics == trained.metrics and (run.folder / "samples.txt").exists()
+
+
+def test_all_processes_wait_for_a_checkpoint_that_is_slow_to_write(
+    tmp_path: Path, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the host: NCCL ends a process that waits ten minutes for the first one."""
+    lead, wait = Parallel.lead, Saver.wait
+    under_way, together = list[Any](), list[bool]()
+
+    def leading(self: Parallel, job: Callable[[], Any]) -> Any:
+        under_way.append(job)
+        try:
+            return lead(self, job)
+        finally:
+            under_way.pop()
+
+    def waiting(self: Saver) -> None:
+        together.append(bool(under_way))
+        wait(self)
+
+    monkeypatch.setattr(Parallel, "lead", leading)
+    monkeypatch.setattr(Saver, "wait", waiting)
+    train(tmp_path / "run", "--train.checkpoint-every", 4)
+    assert together == [True] * 4  # before each of three, and at the end
 
 
 class Killed(BaseException):
