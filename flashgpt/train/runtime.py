@@ -135,7 +135,8 @@ def compiled(
     if not _wants_compiler(model, config):
         return module
     reason = _no_compiler(model.wte.weight.device)
-    if reason is None:
+    # All rehearse or none: FSDP2's processes need one another in every pass.
+    if not parallel.largest(int(reason is not None)):
         note("compiles the model: up to a minute, or seconds where it was compiled before")
         tag_kept_code()
         try:
@@ -143,9 +144,9 @@ def compiled(
             _rehearse(forward, model, module, config, parallel)
         except Exception as error:
             reason = _why(error)
-    if not parallel.largest(int(reason is not None)):
-        return forward
-    uncompile(module)
+        if not parallel.largest(int(reason is not None)):
+            return forward
+        uncompile(module)
     reason = reason or "it fails in another process"
     if config.compile == "on":
         raise ValueError(f"train.compile is 'on', but {reason}; use auto or off")

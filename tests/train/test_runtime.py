@@ -26,6 +26,7 @@ from torch.compiler import config as compiler_config
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import TrainConfig
 from flashgpt.train import runtime
+from flashgpt.train.parallel import Parallel
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CFG = dict(vocab_size=7, context_length=5, emb_dim=8, n_heads=2, n_layers=1, drop_rate=0.0)
@@ -127,6 +128,18 @@ def test_the_compiler_is_used_where_it_is_there_and_repays(
     with pytest.raises(ValueError, match=r"train.compile is 'on', but no C\+\+ compiler"):
         runtime.compiled(model, on, notes.append)
     assert compiler.models == [model, model]
+
+
+@pytest.mark.parametrize(("votes", "rehearsals"), [([1], 0), ([0, 1], 1)])
+def test_where_one_process_cannot_compile_none_does(
+    votes: list[int], rehearsals: int, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without a compiler rehearses nothing, and FSDP2's others would wait for it in theirs."""
+    model, notes = GPTModel(CFG), list[str]()
+    monkeypatch.setattr(Parallel, "largest", lambda _, own: max(own, votes.pop(0)))
+    assert runtime.compiled(model, long(model, 1e16), notes.append) is model
+    assert len(compiler.calls) == rehearsals and votes == []
+    assert notes[-1] == "runs without torch.compile: it fails in another process"
 
 
 def test_a_rehearsal_is_like_a_step_and_leaves_no_trace(compiler: Compiler) -> None:
