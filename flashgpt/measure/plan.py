@@ -26,7 +26,7 @@ DOES_NOT_FIT, NO_TIME = "does not fit", "no time left"
 # The first size has so many tokens at least: with fewer, a step is mostly overhead.
 FIRST_TOKENS = {"cpu": 1024, "cuda": 4096}
 # Steps of two micro-batches that a measurement takes beside the timed seconds; of slow steps.
-COST_STEPS, COST_SLOW_STEPS = 5, 2
+COST_STEPS, COST_SLOW_STEPS = 5, 3
 
 
 @dataclasses.dataclass(frozen=True)

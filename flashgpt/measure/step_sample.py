@@ -36,7 +36,7 @@ from flashgpt.train.step import Forward, Stepper, pays_as_graph
 # more there are, the less of the update falls to each.
 STEP_SECONDS = 1.0
 TIMED_SECONDS, MIN_TIMED, MAX_TIMED = 1.0, 2, 20  # seconds, steps
-SLOW_SECONDS = 10.0  # a step that takes so long is timed once
+SLOW_SECONDS = 10.0  # a step that takes so long, the first aside, is timed once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _measure(
         rows = train.micro_batch or made.rows
         in_step = made.rows // rows
         count, captured = min(in_step, 2), False
-        times = _seconds(Stepper(made, forward), _feed(made, rows, count), 1, 2)
+        times = _seconds(Stepper(made, forward), _feed(made, rows, count), 1, 1, warm_up=1)
         peaks = _peaks(made, forward, rows, count)
         if times[-1] < SLOW_SECONDS:
             passes = math.ceil(STEP_SECONDS * count / times[-1])

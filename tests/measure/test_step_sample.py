@@ -6,7 +6,7 @@ No assertion here depends on a time. pytest tests/measure/test_step_sample.py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -82,9 +82,23 @@ def test_the_step_is_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(judged) == len(seen)
     monkeypatch.setattr(step_sample, "STEP_SECONDS", 0.0)
     assert sample(4).micro_batches == 2
-    monkeypatch.setattr(step_sample, "SLOW_SECONDS", 0.0)  # all are: one, and one watched
+    monkeypatch.setattr(step_sample, "SLOW_SECONDS", 0.0)  # all are: a first, one, one watched
     judged.clear()
-    assert sample(4).seconds > 0 and len(judged) == 2
+    assert sample(4).seconds > 0 and len(judged) == 3
+
+
+def test_a_slow_first_step_is_not_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cold one, which loads kernels and makes the optimizer's state."""
+    completed = step.Stepper.completed
+    cold: list[float] = [1e3]
+
+    def first_is_slow(*args: Any) -> Iterator[step.Done]:
+        for done in completed(*args):
+            yield dataclasses.replace(done, seconds=cold.pop() if cold else 0.5)
+
+    monkeypatch.setattr(step.Stepper, "completed", first_is_slow)
+    found = sample(4)
+    assert (found.seconds, found.micro_batches) == (0.5 / 4, 4)
 
 
 @pytest.mark.gpu
