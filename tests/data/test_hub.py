@@ -17,6 +17,7 @@ from flashgpt.data.files import find_files
 
 Cli = Callable[..., Any]
 REVISION = "0" * 40
+PARTS = [f"train-{number:05}-of-00003.jsonl" for number in range(3)]
 
 
 @pytest.fixture
@@ -39,6 +40,14 @@ def cached(cache: Path, name: str, *files: str) -> Path:
         entries = [{"text": f"{file} {i}"} for i in range(30)]
         (folder / file).write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
     return folder
+
+
+def listed(cache: Path, name: str, *files: str) -> None:
+    """Leaves the list of all files of a data set in the cache, as a download does."""
+    path = cache / f"datasets--{name.replace('/', '--')}" / "trees" / f"{REVISION}.json"
+    path.parent.mkdir()
+    entries = {file: {"size": 1, "blob_id": "0"} for file in files}
+    path.write_text(json.dumps({"format_version": 1, "files": entries}))
 
 
 def names(source: str) -> list[str]:
@@ -66,6 +75,30 @@ def test_parquet_goes_before_json_lines_and_these_before_text(cache: Path) -> No
     assert names("hf://org/three") == ["org/three/a.txt", "org/three/b.txt"]
 
 
+def test_a_folder_named_train_is_for_training(cache: Path) -> None:
+    cached(cache, "org/set", "data/test/0.jsonl", "data/train/0.jsonl", "data/train/1.jsonl")
+    cached(cache, "org/all", "a/trained/0.jsonl")
+    expected = ["org/set/data/train/0.jsonl", "org/set/data/train/1.jsonl"]
+    for source in ("hf://org/set", "hf://org/set/data", "hf://org/set/data/train"):
+        assert names(source) == expected
+    assert names("hf://org/set/data/test") == ["org/set/data/test/0.jsonl"]
+    assert names("hf://org/all") == ["org/all/a/trained/0.jsonl"]
+
+
+def test_what_is_named_may_be_all_that_was_fetched(cache: Path) -> None:
+    cached(cache, "org/part", "data/train.jsonl")
+    listed(cache, "org/part", "README.md", "data/train.jsonl", "other/train.jsonl")
+    for source in ("hf://org/part/data", "hf://org/part/data/train.jsonl"):
+        assert names(source) == ["org/part/data/train.jsonl"]
+
+
+def test_all_parts_of_a_set_are_wanted_and_one_by_its_name(cache: Path) -> None:
+    cached(cache, "org/whole", *PARTS, "train-1-of-2.jsonl", "train-2-of-2.jsonl")
+    cached(cache, "org/parts", "test-00000-of-00002.jsonl", *PARTS[1:])
+    assert len(names("hf://org/whole")) == 5
+    assert names(f"hf://org/parts/{PARTS[1]}") == [f"org/parts/{PARTS[1]}"]
+
+
 def test_a_data_set_is_prepared_by_its_name(cache: Path, cli: Cli) -> None:
     cached(cache, "org/set", "train.jsonl", "test.jsonl")
     cli("prepare", "hf://org/set", "--tokenizer", "bytes", "--out", "tokens").done()
@@ -77,7 +110,13 @@ def test_a_data_set_is_prepared_by_its_name(cache: Path, cli: Cli) -> None:
 WRONG = [
     ("hf://org/absent", "org/absent is not in the Hugging Face cache; put it there: hf download"),
     ("hf://org", "must be hf://OWNER/NAME, or a folder of it, got 'hf://org'"),
-    ("hf://org/several", "must name one folder of hf://org/several, got a, b; write"),
+    ("hf://org/several", "must name one folder of hf://org/several, got a, b; write hf://org/sev"),
+    ("hf://org/trains", "got b/train, a; write hf://org/trains/b/train"),
+    ("hf://org/less", "org/less is not all in the Hugging Face cache; fetch the rest, or name a"),
+    ("hf://org/less/b", "org/less/b is not all in the Hugging Face cache; fetch the rest: hf down"),
+    ("hf://org/parts", "got x, .; write hf://org/parts/x"),
+    ("hf://org/first", f"all parts of a set, got 'hf://org/first' without {PARTS[0]}; hf down"),
+    ("hf://org/parts/x", f"without {PARTS[1]}; hf download --repo-type dataset org/parts --incl"),
     ("hf://org/pictures", "must hold .parquet, .jsonl, .txt files, got 'hf://org/pictures'"),
     ("hf://org/several/c", "must hold .parquet, .jsonl, .txt files, got 'hf://org/several/c'"),
 ]
@@ -88,6 +127,11 @@ def test_what_cannot_be_read_is_said_in_a_line(
     cache: Path, cli: Cli, source: str, says: str
 ) -> None:
     cached(cache, "org/several", "a/train.jsonl", "b/train.jsonl")
+    cached(cache, "org/trains", "a/train.jsonl", "b/train/0.jsonl")
+    cached(cache, "org/less", "a/train.jsonl")
+    listed(cache, "org/less", "a/train.jsonl", "b/train.jsonl")
+    cached(cache, "org/first", *PARTS[1:])
+    cached(cache, "org/parts", *PARTS, f"x/{PARTS[0]}", f"x/{PARTS[2]}")
     cached(cache, "org/pictures", "a.png")
     assert says in cli("prepare", source, "--tokenizer", "bytes", "--out", "tokens").error(1)
     assert not Path("tokens").exists()
