@@ -88,6 +88,10 @@ class Batches:
             )
         return self._windows.gather(self._indices(step * self._rows + first, count))
 
+    def counted(self, step: int) -> int:
+        """Targets that count in the whole of a step's batch, without reading its tokens."""
+        return self._windows.counted(self._indices(step * self._rows, self._rows))
+
     def windows(self, step: int) -> list[tuple[int, int]]:
         """Where each row of a step's batch stands: number of the shard, offset in it (tokens)."""
         return [self._windows.place(at) for at in self._indices(step * self._rows, self._rows)]
@@ -237,6 +241,15 @@ class _Windows:
             shard, start = self.place(index)
             ids[row], targets[row] = self.cut(shard, start, start + self._length + 1)
         return ids, targets
+
+    def counted(self, indices: Sequence[int]) -> int:
+        """Targets that count in the windows of these numbers."""
+        total = len(indices) * self._length
+        for shard, start in map(self.place, indices):
+            if shard in self._ignored:
+                ignored = self._ignored[shard][start + 1 : start + self._length + 1]
+                total -= int(np.count_nonzero(ignored))
+        return total
 
     def cut(self, shard: int, start: int, stop: int) -> Batch:
         """Ids of a shard but for the last one, and the id after each as its target."""

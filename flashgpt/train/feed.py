@@ -103,14 +103,14 @@ class Feed:
         self._ahead.append((step, self._thread.submit(self._read, step, self._own)))
 
     def _read(self, step: int, rows: range) -> list[MicroBatch]:
-        ids, targets = self._batches.batch(step)  # all of it, for what counts in all of it
-        total = np.count_nonzero(targets != IGNORE)
+        total = self._batches.counted(step)
+        ids, targets = self._batches.batch(step, rows.start, len(rows))
         found = []
-        for row in rows[:: self._micro]:
-            part = slice(row, row + self._micro)
+        for at in range(0, len(rows), self._micro):
+            part = slice(at, at + self._micro)
             counted = np.count_nonzero(targets[part] != IGNORE)  # one at least in every row
             on_host = (self._on_host(ids[part]), self._on_host(targets[part]))
-            found.append(MicroBatch(*on_host, row, counted / total))
+            found.append(MicroBatch(*on_host, rows[at], counted / total))
         return found
 
     def _on_host(self, values: np.ndarray) -> Tensor:

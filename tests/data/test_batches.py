@@ -238,6 +238,7 @@ def test_targets_that_do_not_count_are_ignored_and_empty_windows_left_out(
         np.testing.assert_array_equal(
             targets, np.where(np.isin(ids + 1, list(counts)), ids + 1, IGNORE)
         )
+        assert batches.counted(step) == np.count_nonzero(targets != IGNORE)
         firsts += ids[:, 0].tolist()
     for epoch in range(2):
         assert sorted(firsts[epoch * len(expected) : (epoch + 1) * len(expected)]) == expected

@@ -111,9 +111,7 @@ def in_one_process(folder: Path) -> dict[str, dict[str, Any]]:
     found["curve"] = fit(curve, folder / "curve")
     batch = Batches.batch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Batches, "batch", lambda self, step: [x[::-1].copy() for x in batch(self, step)]
-        )
+        patch.setattr(Batches, "batch", lambda *rows: [x[::-1].copy() for x in batch(*rows)])
         found["control"] = fit(curve, folder / "control")
     return found
 
