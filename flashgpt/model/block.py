@@ -29,7 +29,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if mlp.serves(x_BTD, self.c_fc, self.gelu, self.c_proj):
-            return mlp.feed_forward(x_BTD, self.c_fc, self.c_proj)
+            return mlp.feed_forward(x_BTD, self.c_fc, self.gelu, self.c_proj)
         out: Tensor = self.c_proj(self.gelu(self.c_fc(x_BTD)))
         return out
 

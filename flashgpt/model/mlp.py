@@ -4,14 +4,17 @@
     dact = dout W2           dpre = dact * gelu'(pre)             the rest as ever
 
 Done apart, GELU reads and writes more memory than all else between the products of a block. Here
-one operator is the first line up to act, the other one dpre; on CUDA by cuBLASLt (cublaslt.py). All
-other products are PyTorch's, so that a compiler sees them.
+one operator is the first line up to act, another one dpre. On CUDA GELU in its tanh form is
+cuBLASLt's (cublaslt.py), which has no other, and the exact one Triton's (triton_mlp.py), with the
+gradient of b1 in it. All other products are PyTorch's, so that a compiler sees them.
 
 Legend: M rows (batch times positions), D model width, F inner width.
 """
 
 from __future__ import annotations
 
+import functools
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,14 +24,18 @@ from torch import Tensor, nn
 from flashgpt.model import cublaslt, precision
 from flashgpt.model.replaced import is_plain
 
-WIDTH_MULTIPLE = 8  # elements, 16 bytes: what cuBLASLt needs of widths
-LEAST_CAPABILITY = 9  # measured on Hopper; on GPUs before it the epilogues may be slower
+WIDTH_MULTIPLE = 8  # elements, 16 bytes: what cuBLASLt and Triton's descriptors need of widths
+# Measured on Hopper. On GPUs before it cuBLASLt's epilogues may be slower; the cut of Triton's
+# kernels is for its multiprocessors alone.
+HOPPER = 9
 
 LIBRARY = torch.library.Library("flashgpt", "FRAGMENT")
-LIBRARY.define("linear_gelu(Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor)")
+LIBRARY.define("linear_gelu(Tensor x, Tensor weight, Tensor bias, bool tanh) -> (Tensor, Tensor)")
 LIBRARY.define("matmul_dgelu(Tensor dout, Tensor weight, Tensor pre) -> Tensor")
+LIBRARY.define("matmul_dgelu_sum(Tensor dout, Tensor weight, Tensor pre) -> (Tensor, Tensor)")
 _linear_gelu = torch.ops.flashgpt.linear_gelu.default
 _matmul_dgelu = torch.ops.flashgpt.matmul_dgelu.default
+_matmul_dgelu_sum = torch.ops.flashgpt.matmul_dgelu_sum.default
 
 
 def serves(x_BTD: Tensor, fc: nn.Linear, gelu: nn.GELU, proj: nn.Linear) -> bool:
@@ -41,41 +48,54 @@ def serves(x_BTD: Tensor, fc: nn.Linear, gelu: nn.GELU, proj: nn.Linear) -> bool
         and all(is_plain(layer, (nn.Linear, nn.GELU)) for layer in (fc, gelu, proj))
         and fc.bias is not None
         and proj.bias is not None
-        and gelu.approximate == "tanh"
         and fc.in_features % WIDTH_MULTIPLE == fc.out_features % WIDTH_MULTIPLE == 0
         and precision.of_products(x_BTD) in cublaslt.TYPES
-        and _has_epilogues(x_BTD.get_device())
+        and _has_epilogues(x_BTD.get_device(), gelu.approximate == "tanh")
     )
 
 
-def _has_epilogues(device: int) -> bool:
-    """Whether a CUDA device, by its index, has them; -1 is the CPU."""
-    return _capability(device) >= LEAST_CAPABILITY and cublaslt.library() is not None
+def _has_epilogues(device: int, tanh: bool) -> bool:
+    """Whether a CUDA device, by its index, has those of a form of GELU; -1 is the CPU."""
+    if tanh:
+        return _capability(device) >= HOPPER and cublaslt.library() is not None
+    return _capability(device) == HOPPER and _triton_is_installed()
 
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler.
 _has_epilogues._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+@functools.cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
 def _capability(device: int) -> int:
     return 0 if device < 0 else torch.cuda.get_device_capability(device)[0]
 
 
-def feed_forward(x_BTD: Tensor, fc: nn.Linear, proj: nn.Linear) -> Tensor:
-    """proj(gelu(fc(x))), GELU in its tanh form; in the dtype of products. Differentiable once."""
+def feed_forward(x_BTD: Tensor, fc: nn.Linear, gelu: nn.GELU, proj: nn.Linear) -> Tensor:
+    """proj(gelu(fc(x))), in the dtype of products. Differentiable once."""
     dtype = precision.of_products(x_BTD)
     weights = (fc.weight, fc.bias, proj.weight, proj.bias)
     x_MD, *cast = (t.to(dtype) for t in (x_BTD.flatten(0, -2), *weights))
-    out: Tensor = _FeedForward.apply(x_MD, *cast)  # type: ignore[no-untyped-call]
+    out: Tensor = _FeedForward.apply(x_MD, *cast, gelu.approximate == "tanh")  # type: ignore[no-untyped-call]
     return out.view(x_BTD.shape)
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_MD: Tensor, w1_FD: Tensor, b1_F: Tensor, w2_DF: Tensor, b2_D: Tensor
+        ctx: Any,
+        x_MD: Tensor,
+        w1_FD: Tensor,
+        b1_F: Tensor,
+        w2_DF: Tensor,
+        b2_D: Tensor,
+        tanh: bool,
     ) -> Tensor:
-        act_MF, pre_MF = _linear_gelu(x_MD, w1_FD, b1_F)
+        act_MF, pre_MF = _linear_gelu(x_MD, w1_FD, b1_F, tanh)
+        ctx.tanh = tanh
         ctx.save_for_backward(x_MD, w1_FD, w2_DF, act_MF, pre_MF)
         return torch.addmm(b2_D, act_MF, w2_DF.t())
 
@@ -86,20 +106,25 @@ class _FeedForward(torch.autograd.Function):
                 "the fused feed-forward layer has no second derivative; in fp32 it is not fused"
             )
         x_MD, w1_FD, w2_DF, act_MF, pre_MF = ctx.saved_tensors
-        need_x, need_w1, need_b1, need_w2, need_b2 = ctx.needs_input_grad
+        need_x, need_w1, need_b1, need_w2, need_b2, _ = ctx.needs_input_grad
         dx_MD = dw1_FD = db1_F = None
         if need_x or need_w1 or need_b1:
-            dpre_MF = _matmul_dgelu(dout_MD, w2_DF, pre_MF)
+            if ctx.tanh:
+                dpre_MF = _matmul_dgelu(dout_MD, w2_DF, pre_MF)
+                db1_F = dpre_MF.sum(0) if need_b1 else None
+            else:
+                dpre_MF, db1_F = _matmul_dgelu_sum(dout_MD, w2_DF, pre_MF)
             dx_MD = dpre_MF @ w1_FD if need_x else None
             dw1_FD = dpre_MF.t() @ x_MD if need_w1 else None
-            db1_F = dpre_MF.sum(0) if need_b1 else None
         dw2_DF = dout_MD.t() @ act_MF if need_w2 else None
-        return dx_MD, dw1_FD, db1_F, dw2_DF, dout_MD.sum(0) if need_b2 else None
+        return dx_MD, dw1_FD, db1_F, dw2_DF, dout_MD.sum(0) if need_b2 else None, None
 
 
-def _linear_gelu_plain(x_MD: Tensor, w_FD: Tensor, b_F: Tensor) -> tuple[Tensor, Tensor]:
+def _linear_gelu_plain(
+    x_MD: Tensor, w_FD: Tensor, b_F: Tensor, tanh: bool
+) -> tuple[Tensor, Tensor]:
     pre_MF = torch.addmm(b_F, x_MD, w_FD.t())
-    return F.gelu(pre_MF, approximate="tanh"), pre_MF
+    return F.gelu(pre_MF, approximate="tanh" if tanh else "none"), pre_MF
 
 
 def _matmul_dgelu_plain(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> Tensor:
@@ -107,10 +132,19 @@ def _matmul_dgelu_plain(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> Tensor
     return dpre
 
 
-def _linear_gelu_cuda(x_MD: Tensor, w_FD: Tensor, b_F: Tensor) -> tuple[Tensor, Tensor]:
+def _matmul_dgelu_sum_plain(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> tuple[Tensor, Tensor]:
+    dpre_MF = torch.ops.aten.gelu_backward(dout_MD @ w_DF, pre_MF)
+    return dpre_MF, dpre_MF.sum(0)
+
+
+def _linear_gelu_cuda(x_MD: Tensor, w_FD: Tensor, b_F: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    if not tanh:
+        from flashgpt.model import triton_mlp
+
+        return triton_mlp.linear_gelu(_dense(x_MD), _dense(w_FD), _dense(b_F), tanh)
     product = _product(cublaslt.GELU_AUX_BIAS, x_MD, w_FD, transposed=True)
     if product is None:
-        return _linear_gelu_plain(x_MD, w_FD, b_F)
+        return _linear_gelu_plain(x_MD, w_FD, b_F, tanh)
     act_MF = x_MD.new_empty(len(x_MD), len(w_FD))
     pre_MF = torch.empty_like(act_MF)
     product(_dense(x_MD), _dense(w_FD), act_MF, pre_MF, _dense(b_F))
@@ -126,6 +160,12 @@ def _matmul_dgelu_cuda(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> Tensor:
     return dpre_MF
 
 
+def _matmul_dgelu_sum_cuda(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> tuple[Tensor, Tensor]:
+    from flashgpt.model import triton_mlp
+
+    return triton_mlp.matmul_dgelu(_dense(dout_MD), _dense(w_DF), _dense(pre_MF), tanh=False)
+
+
 def _product(
     epilogue: int, a_MK: Tensor, b: Tensor, *, transposed: bool
 ) -> cublaslt.Product | None:
@@ -135,12 +175,12 @@ def _product(
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x where cuBLASLt may read it: adjacent and aligned."""
+    """x where cuBLASLt and Triton may read it: adjacent and aligned."""
     x = x.contiguous()
     return x if x.data_ptr() % cublaslt.ALIGNMENT == 0 else x.clone()
 
 
-def _linear_gelu_fake(x_MD: Tensor, w_FD: Tensor, b_F: Tensor) -> tuple[Tensor, Tensor]:
+def _linear_gelu_fake(x_MD: Tensor, w_FD: Tensor, b_F: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     act_MF = x_MD.new_empty(x_MD.shape[0], w_FD.shape[0])
     return act_MF, torch.empty_like(act_MF)
 
@@ -149,9 +189,16 @@ def _matmul_dgelu_fake(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> Tensor:
     return torch.empty_like(pre_MF, memory_format=torch.contiguous_format)
 
 
+def _matmul_dgelu_sum_fake(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> tuple[Tensor, Tensor]:
+    return _matmul_dgelu_fake(dout_MD, w_DF, pre_MF), pre_MF.new_empty(pre_MF.shape[1])
+
+
 LIBRARY.impl("linear_gelu", _linear_gelu_plain, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_gelu", _linear_gelu_cuda, "CUDA")
 LIBRARY.impl("matmul_dgelu", _matmul_dgelu_plain, "CompositeExplicitAutograd")
 LIBRARY.impl("matmul_dgelu", _matmul_dgelu_cuda, "CUDA")
+LIBRARY.impl("matmul_dgelu_sum", _matmul_dgelu_sum_plain, "CompositeExplicitAutograd")
+LIBRARY.impl("matmul_dgelu_sum", _matmul_dgelu_sum_cuda, "CUDA")
 torch.library.register_fake("flashgpt::linear_gelu", _linear_gelu_fake, lib=LIBRARY)
 torch.library.register_fake("flashgpt::matmul_dgelu", _matmul_dgelu_fake, lib=LIBRARY)
+torch.library.register_fake("flashgpt::matmul_dgelu_sum", _matmul_dgelu_sum_fake, lib=LIBRARY)

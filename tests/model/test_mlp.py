@@ -1,6 +1,7 @@
 """The fused feed-forward layer: numbers, gradients, operators. pytest tests/model/test_mlp.py
 
-Without a GPU its operators are PyTorch's own; cuBLASLt's are judged by the tests that need one.
+Without a GPU its operators are PyTorch's own; cuBLASLt's are judged by the tests that need one, and
+so is where Triton's serve, which test_triton_mlp.py judges.
 """
 
 from __future__ import annotations
@@ -18,28 +19,34 @@ GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+FORMS = pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
 Layer = Callable[[Tensor], Tensor]
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused way is taken, in float64, by PyTorch's operators."""
-    monkeypatch.setattr(mlp, "_capability", lambda device: mlp.LEAST_CAPABILITY)
+    monkeypatch.setattr(mlp, "_capability", lambda device: mlp.HOPPER)
     monkeypatch.setattr(cublaslt, "library", lambda: "the library")
     monkeypatch.setitem(cublaslt.TYPES, torch.float64, 1)
 
 
-def layers(width: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> FeedForward:
+def layers(
+    width: int,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    activation: str = "gelu_new",
+) -> FeedForward:
     """A feed-forward layer whose biases matter."""
     torch.manual_seed(0)
-    made = FeedForward(width, "gelu_new")
+    made = FeedForward(width, activation)
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=1.0 if parameter.dim() == 1 else width**-0.5)
     return made.to(device, dtype)
 
 
 def fused(made: FeedForward) -> Layer:
-    return lambda x: mlp.feed_forward(x, made.c_fc, made.c_proj)
+    return lambda x: mlp.feed_forward(x, made.c_fc, made.gelu, made.c_proj)
 
 
 def apart(made: FeedForward) -> Layer:
@@ -55,12 +62,13 @@ def results(layer: Layer, made: FeedForward, x: Tensor, dout: Tensor) -> dict[st
     return {name: t.detach().double().cpu() for name, t in zip(names, (out, *grads), strict=True)}
 
 
+@FORMS
 @pytest.mark.parametrize("shape", [(1, 1, 8), (2, 63, 16), (3, 65, 8)], ids=str)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_it_is_the_three_layers_one_after_the_other(
-    shape: tuple[int, int, int], compiled: bool
+    shape: tuple[int, int, int], compiled: bool, activation: str
 ) -> None:
-    made = layers(shape[-1])
+    made = layers(shape[-1], activation=activation)
     x, dout = torch.randn(2, *shape, dtype=torch.float64)
     layer = fused(made)
     if compiled:
@@ -73,7 +81,7 @@ def test_it_is_the_three_layers_one_after_the_other(
 def test_a_second_derivative_is_refused() -> None:
     made = layers(8)
     x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
-    out = mlp.feed_forward(x, made.c_fc, made.c_proj)
+    out = fused(made)(x)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(out.sum(), x, create_graph=True)
 
@@ -85,8 +93,12 @@ def test_operators_keep_pytorchs_rules(device: str) -> None:
     def some(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
         return tuple(torch.randn(*shape, dtype=dtype, device=device) for shape in shapes)
 
-    torch.library.opcheck(torch.ops.flashgpt.linear_gelu.default, some((5, 8), (16, 8), (16,)))
-    torch.library.opcheck(torch.ops.flashgpt.matmul_dgelu.default, some((5, 8), (8, 16), (5, 16)))
+    operators, operands = torch.ops.flashgpt, some((5, 8), (8, 16), (5, 16))
+    for tanh in (False, True):
+        forward = (*some((5, 8), (16, 8), (16,)), tanh)
+        torch.library.opcheck(operators.linear_gelu.default, forward)
+    torch.library.opcheck(operators.matmul_dgelu.default, operands)
+    torch.library.opcheck(operators.matmul_dgelu_sum.default, operands)
 
 
 def test_it_is_for_training_in_half_precision_on_a_gpu() -> None:
@@ -95,8 +107,30 @@ def test_it_is_for_training_in_half_precision_on_a_gpu() -> None:
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_where_it_serves_a_compiled_layer_stays_one_graph() -> None:
-    made = layers(8)
+@pytest.mark.parametrize(
+    ("capability", "triton", "served"),
+    [
+        (8, True, set()),
+        (9, True, {"tanh", "none"}),
+        (9, False, {"tanh"}),
+        (10, True, {"tanh"}),  # the cut of Triton's kernels is Hopper's
+    ],
+)
+def test_the_exact_form_is_for_hopper_with_triton(
+    capability: int, triton: bool, served: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlp, "_capability", lambda device: capability)
+    monkeypatch.setattr(mlp, "_triton_is_installed", lambda: triton)
+    made, x = layers(8), torch.randn(2, 3, 8, dtype=torch.float64)
+    forms = {form: nn.GELU(approximate=form) for form in ("tanh", "none")}
+    found = {f for f, gelu in forms.items() if mlp.serves(x, made.c_fc, gelu, made.c_proj)}
+    assert found == served
+
+
+@FORMS
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_where_it_serves_a_compiled_layer_stays_one_graph(activation: str) -> None:
+    made = layers(8, activation=activation)
     x, dout = torch.randn(2, 3, 8, dtype=torch.float64)[:, None].unbind()
     assert mlp.serves(x, made.c_fc, made.gelu, made.c_proj)
     wanted = results(apart(made), made, x, dout)
@@ -133,8 +167,9 @@ def test_a_layer_with_a_hook_or_in_place_of_ours_is_called() -> None:
     torch.testing.assert_close(made(x), apart(made)(x))
 
 
-def test_frozen_layers_get_no_gradient() -> None:
-    made = layers(8)
+@FORMS
+def test_frozen_layers_get_no_gradient(activation: str) -> None:
+    made = layers(8, activation=activation)
     x, dout = torch.randn(2, 3, 8, dtype=torch.float64).requires_grad_().unbind()
     wanted = torch.autograd.grad(apart(made)(x), [x, made.c_fc.bias], dout)
     made.c_fc.weight.requires_grad_(False)
@@ -162,11 +197,11 @@ def over(found: dict[str, Tensor], usual: dict[str, Tensor], exact: dict[str, Te
 
 
 def gpu_results(
-    shape: tuple[int, int, int], dtype: torch.dtype
+    shape: tuple[int, int, int], dtype: torch.dtype, activation: str = "gelu_new"
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Of FeedForward under autocast, of three layers under autocast, and in float64."""
-    made = layers(shape[-1], torch.float32, "cuda").to(dtype).float()
-    exact_of = layers(shape[-1])
+    made = layers(shape[-1], torch.float32, "cuda", activation).to(dtype).float()
+    exact_of = layers(shape[-1], activation=activation)
     exact_of.load_state_dict(made.state_dict())
     x, dout = torch.randn(2, *shape, device="cuda").to(dtype)
     with torch.autocast("cuda", dtype):
@@ -180,10 +215,11 @@ def gpu_results(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("shape", [(1, 1, 8), (3, 65, 64), (2, 1023, 192), (2, 1024, 768)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@FORMS
 def test_errors_on_a_gpu_are_those_of_the_three_layers(
-    shape: tuple[int, int, int], dtype: torch.dtype
+    shape: tuple[int, int, int], dtype: torch.dtype, activation: str
 ) -> None:
-    assert not over(*gpu_results(shape, dtype))
+    assert not over(*gpu_results(shape, dtype, activation))
     dims = (shape[0] * shape[1], 4 * shape[2], shape[2])
     assert cublaslt.find(cublaslt.GELU_AUX_BIAS, dims, dtype, 0, True) is not None
     assert cublaslt.find(cublaslt.DGELU, dims, dtype, 0, False) is not None
@@ -219,19 +255,18 @@ def test_a_wrong_epilogue_is_seen(change: str, wrong: str, monkeypatch: pytest.M
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_operands_may_be_unaligned_and_transposed() -> None:
+@pytest.mark.parametrize("tanh", [True, False])
+def test_operands_may_be_unaligned_and_transposed(tanh: bool) -> None:
     x, dout, pre, weight, bias = (
         torch.randn(*shape, device="cuda").bfloat16()
         for shape in ((65, 64), (65, 64), (65, 256), (256, 64), (256,))
     )
     odd_x = torch.empty(65 * 64 + 1, device="cuda").bfloat16()[1:].view(65, 64).copy_(x)
     odd_dout, odd_weight = (t.t().contiguous().t() for t in (dout, weight))
-    linear_gelu, matmul_dgelu = torch.ops.flashgpt.linear_gelu, torch.ops.flashgpt.matmul_dgelu
-    for wanted, found in zip(
-        linear_gelu(x, weight, bias), linear_gelu(odd_x, odd_weight, bias), strict=True
-    ):
+    operators = torch.ops.flashgpt
+    backward = operators.matmul_dgelu if tanh else operators.matmul_dgelu_sum
+    odd = operators.linear_gelu(odd_x, odd_weight, bias, tanh)
+    assert all(map(torch.equal, odd, operators.linear_gelu(x, weight, bias, tanh)))
+    odd = backward(odd_dout, odd_weight.t(), pre)
+    for found, wanted in zip(odd, backward(dout, weight.t().contiguous(), pre), strict=True):
         assert torch.equal(found, wanted)
-    back = weight.t()
-    assert torch.equal(
-        matmul_dgelu(odd_dout, odd_weight.t(), pre), matmul_dgelu(dout, back.contiguous(), pre)
-    )

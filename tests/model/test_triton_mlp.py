@@ -1,0 +1,225 @@
+"""The feed-forward layer's Triton kernels, against float64. pytest tests/model/test_triton_mlp.py
+
+Without a GPU, in Triton's interpreter, in fp32 and fp16 (it is wrong in bf16).
+
+Legend: M rows, D model width, F inner width.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from flashgpt.model import triton_mlp
+
+ON_GPU = torch.cuda.is_available()
+HOPPER = ON_GPU and torch.cuda.get_device_capability()[0] == 9
+pytestmark = pytest.mark.skipif(ON_GPU and not HOPPER, reason="the kernels are cut for Hopper")
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = [torch.float16, torch.bfloat16 if ON_GPU else torch.float32]
+# Within a tile, past its ends in each direction, and more than two tiles in each.
+SHAPES = [(1, 8, 16), (63, 72, 136), (65, 200, 248), (128, 64, 128), (1023, 72, 264)]
+TANH = pytest.mark.parametrize("tanh", [False, True])
+U = 2.0**-24  # half a unit of fp32
+
+Limited = dict[str, tuple[Tensor, Tensor]]  # name -> exact value, and how far off it may be
+
+
+def case(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x_MD, w1_FD, b_F, dout_MD, w2_DF, pre_MF; sums of products have a spread of 2 or so."""
+    rows, width, inner = shape
+    generator = torch.Generator().manual_seed(rows)
+    sizes = ((rows, width), (inner, width), (inner,), (rows, width), (width, inner), (rows, inner))
+    x, w1, b, dout, w2, pre = (torch.randn(*size, generator=generator) for size in sizes)
+    scale = 2 * width**-0.5
+    made = (x, scale * w1, b, dout, scale * w2, 3 * pre)
+    return tuple(t.to(DEVICE, dtype) for t in made)  # type: ignore[return-value]
+
+
+def rounded(value: Tensor, error: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A value that errs by so much, and is then rounded to a dtype."""
+    kind = torch.finfo(dtype)
+    return value, error + kind.eps / 2 * (value.abs() + error) + kind.smallest_normal * kind.eps
+
+
+def product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a b, and how far off sums in fp32 may be; tensor cores round no better than to 2 U."""
+    return a @ b, 2 * U * a.shape[1] * (a.abs() @ b.abs())
+
+
+def forward_limits(x: Tensor, w1: Tensor, b: Tensor, tanh: bool) -> Limited:
+    """Phi errs by 7.5e-8 as approximated and by less than 12 U as computed; gelu' is below 1.13."""
+    dtype, (x, w1, b) = x.dtype, (t.double() for t in (x, w1, b))
+    pre, error = product(x, w1.T)
+    pre, error = pre + b, error + U * (pre + b).abs()
+    act = F.gelu(pre, approximate="tanh" if tanh else "none")
+    act_error = 1.13 * error + (pre.abs() + error) * (7.5e-8 + 12 * U)
+    return {"act": rounded(act, act_error, dtype), "pre": rounded(pre, error, dtype)}
+
+
+def backward_limits(dout: Tensor, w2: Tensor, pre: Tensor, tanh: bool) -> Limited:
+    """gelu' errs as Phi does, and |x| phi by less than 12 U more."""
+    dtype, (dout, w2, pre) = dout.dtype, (t.double() for t in (dout, w2, pre))
+    dact, error = product(dout, w2)
+    approximate = "tanh" if tanh else "none"
+    slope = torch.ops.aten.gelu_backward(torch.ones_like(pre), pre, approximate=approximate)
+    dpre = dact * slope
+    error = error * slope.abs() + (dact.abs() + error) * (7.5e-8 + 24 * U) + U * dpre.abs()
+    sums = error.sum(0) + len(pre) * U * dpre.abs().sum(0)
+    return {"dpre": rounded(dpre, error, dtype), "db": rounded(dpre.sum(0), sums, dtype)}
+
+
+def excess(found: tuple[Tensor, ...], limited: Limited) -> dict[str, float]:
+    """The largest error of each tensor, in parts of its limit."""
+    return {
+        name: float(((got.double() - value).abs() / limit).max().nan_to_num(torch.inf))
+        for got, (name, (value, limit)) in zip(found, limited.items(), strict=True)
+    }
+
+
+@TANH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_err_by_roundings_only(
+    shape: tuple[int, int, int], dtype: torch.dtype, tanh: bool
+) -> None:
+    x, w1, b, dout, w2, pre = case(shape, dtype)
+    found = triton_mlp.linear_gelu(x, w1, b, tanh)
+    assert max(excess(found, forward_limits(x, w1, b, tanh)).values()) <= 1
+    found = triton_mlp.matmul_dgelu(dout, w2, pre, tanh)
+    assert max(excess(found, backward_limits(dout, w2, pre, tanh)).values()) <= 1
+    assert found[0].dtype == found[1].dtype == dtype
+
+
+@TANH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_limits_tell_faults_apart(dtype: torch.dtype, tanh: bool) -> None:
+    x, w1, b, dout, w2, pre = case((65, 200, 248), dtype)
+    forward, backward = triton_mlp.linear_gelu, triton_mlp.matmul_dgelu
+    faults = {
+        "other form": (forward(x, w1, b, not tanh), {"act"}),
+        "no bias": (forward(x, w1, torch.zeros_like(b), tanh), {"act", "pre"}),
+        "rows of the weight": (forward(x, w1.roll(1, 0), b, tanh), {"act", "pre"}),
+        "not all is summed": (forward(x, F.pad(w1[:, :-8], (0, 8)), b, tanh), {"act", "pre"}),
+    }
+    for name, (found, wrong) in faults.items():
+        parts = excess(found, forward_limits(x, w1, b, tanh))
+        assert {part for part, over in parts.items() if over > 1} == wrong, (name, parts)
+    dpre, db = backward(dout, w2, pre, tanh)
+    faults = {
+        "derivative of another place": (backward(dout, w2, pre.roll(1, 0), tanh), {"dpre", "db"}),
+        "not all is summed": (backward(F.pad(dout[:, :-8], (0, 8)), w2, pre, tanh), {"dpre", "db"}),
+        "one row less": ((dpre, dpre[:-1].float().sum(0).to(dtype)), {"db"}),
+        "one tile less": ((dpre, dpre[:0].sum(0)), {"db"}),
+    }
+    for name, (found, wrong) in faults.items():
+        parts = excess(found, backward_limits(dout, w2, pre, tanh))
+        assert {part for part, over in parts.items() if over > 1} == wrong, (name, parts)
+    other, _ = backward(dout, w2, pre, not tanh)
+    assert excess((other, db), backward_limits(dout, w2, pre, tanh))["dpre"] > 1
+
+
+@TANH
+@pytest.mark.skipif(ON_GPU, reason="the kernels are for half precision; in fp32 on the CPU only")
+def test_gelu_and_its_derivative_are_exact_to_fp32(tanh: bool) -> None:
+    x = torch.cat([torch.linspace(-14, 14, 16 * 400 - 2), torch.tensor([0.0, 1e4])]).view(-1, 16)
+    ones, unit = torch.zeros(len(x), 8), torch.zeros(8, 16)
+    ones[:, 0] = unit[0] = 1
+    slope, _ = triton_mlp.matmul_dgelu(ones, unit, x, tanh)
+    act, pre = triton_mlp.linear_gelu(x, torch.eye(16), torch.zeros(16), tanh)
+    assert torch.equal(pre, x)
+    wide, approximate = x.double(), "tanh" if tanh else "none"
+    exact = torch.ops.aten.gelu_backward(torch.ones_like(wide), wide, approximate=approximate)
+    assert float((slope - exact).abs().max()) <= 7.5e-8 + 4 * U
+    tail = (x < -1) & (x > -6)  # small values are right too; below, float64 cancels itself
+    assert float(((slope - exact) / exact)[tail].abs().max()) <= 2.0**-11
+    exact = F.gelu(wide, approximate=approximate)
+    assert float(((act - exact).abs() - 12 * U * exact.abs()).max()) <= 3e-7
+
+
+def test_what_is_not_finite_stays_in_its_row() -> None:
+    *_, dout, w2, pre = case((65, 200, 248), torch.float16)
+    good = triton_mlp.matmul_dgelu(dout, w2, pre, False)[0]
+    dout[3, 5] = torch.nan
+    bad, db = triton_mlp.matmul_dgelu(dout, w2, pre, False)
+    assert bad[3].isnan().all() and db.isnan().all()
+    others = torch.arange(len(pre), device=DEVICE) != 3
+    assert torch.equal(bad[others], good[others])
+
+
+def test_without_rows_there_is_nothing_to_add_up() -> None:
+    x, w1, b, dout, w2, pre = case((0, 16, 24), torch.float16)
+    assert triton_mlp.linear_gelu(x, w1, b, False)[0].shape == (0, 24)
+    dpre, db = triton_mlp.matmul_dgelu(dout, w2, pre, False)
+    assert dpre.shape == (0, 24) and db.shape == (24,) and not db.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+def test_bits_repeat() -> None:
+    x, w1, b, dout, w2, pre = case((4096, 768, 3072), torch.bfloat16)
+
+    def run() -> tuple[Tensor, ...]:
+        forward = triton_mlp.linear_gelu(x, w1, b, False)
+        return *forward, *triton_mlp.matmul_dgelu(dout, w2, pre, False)
+
+    first = run()
+    for _ in range(20):
+        assert all(map(torch.equal, first, run()))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from flashgpt.model.triton_mlp import CUT, _linear_gelu, _matmul_dgelu
+
+m, f, d = CUT[:3]
+half = (m, f // 2)
+for kind in ("bf16", "fp16"):
+    for kernel, shapes, last in (
+        (_linear_gelu, dict(X=(m, d), W=(f, d), Bias=kind, Act=(m, f), Pre=(m, f)), "Bias"),
+        (_matmul_dgelu, dict(Dout=(m, d), W=(d, f), Pre=half, Dpre=half, Sums="fp32"), "Sums"),
+    ):
+        for tanh in (False, True):
+            constants = dict(m=m, f=f, d=d, TANH=tanh)
+            signature = {
+                name: "*" + shape if isinstance(shape, str) else f"tensordesc<{kind}{list(shape)}>"
+                for name, shape in shapes.items()
+            }
+            signature |= dict(D="i32", F="i32", **dict.fromkeys(constants, "constexpr"))
+            places = [list(signature).index(name) for name in (last, "D", "F")]
+            attributes = {(i,): [["tt.divisibility", 16]] for i in places}
+            source = ASTSource(kernel, signature, constants, attributes)
+            options = dict(num_warps=CUT.warps, num_stages=CUT.stages)
+            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            print(made.metadata.shared, made.asm["ptx"].count("wgmma.mma_async"))
+"""
+
+
+def test_two_programs_fit_a_multiprocessor_of_hopper(tmp_path: Path) -> None:
+    """By Triton's own assembler, without a GPU. The interpreter takes more than the compiler."""
+    found = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        capture_output=True,
+        text=True,
+        cwd=Path(triton_mlp.__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    lines = [tuple(map(int, line.split())) for line in found.stdout.splitlines()]
+    assert len(lines) == 8
+    for shared, products in lines:
+        assert 2 * (shared + 1024) <= 228 * 1024 and products
