@@ -1,0 +1,231 @@
+"""Products of the feed-forward layer with GELU at their end: which way, and which cut, is fastest.
+
+    backward    (dout W) * gelu'(pre), and its column sums: the gradient of a bias
+    forward     gelu(x W^T + b), and what GELU is taken of
+
+    product     the matrix product alone, by cuBLAS: the floor
+    apart       then GELU or its derivative, then the sums, as torch.compile fuses them
+    cublaslt    GELU in cuBLASLt's epilogue (the tanh form alone), the sums apart
+    triton ...  all in one kernel (flashgpt/model/triton_mlp.py), for each of CUTS: rows, columns
+                and depth of a tile, warps, stages
+
+bf16 on a GPU, in turns, medians over rounds. Each result is held to fp32: an error above 2^-8, of
+the norm or of the largest value, is WRONG and ends with status 1. A cut that fails is listed with
+the reason, and the others go on. Without a GPU the kernels run in Triton's interpreter
+(TRITON_INTERPRET=1), in fp16: that shows that the script runs, and nothing about speed.
+
+Writes mlp.json after each of four tables; the last line is one of JSON. From the root of the
+checkout, about two minutes on an H100, most of it compiling:
+
+    python -m benchmarks.mlp --rows 65536 --width 768
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashgpt.attention.measured import device_name
+from flashgpt.measure import failure
+from flashgpt.measure.clock import alternate, milliseconds
+from flashgpt.model import mlp, triton_mlp
+from flashgpt.model.triton_mlp import CUT, Cut
+from flashgpt.train.checkpoint import write_json
+from flashgpt.train.record import versions
+
+CUTS = (
+    CUT,
+    Cut(128, 128, 64, 4, 3),
+    Cut(64, 128, 64, 4, 3),
+    Cut(64, 256, 64, 4, 2),
+    Cut(128, 256, 64, 8, 3),
+    Cut(128, 256, 64, 8, 4),
+    Cut(256, 128, 64, 8, 3),
+)
+FORMS = {"gelu": "none", "gelu_new": "tanh"}  # by our name of the activation
+PARTS = ("backward", "forward")
+MAX_ERROR = 2.0**-8  # bf16 rounds by at most half of that
+
+Row = dict[str, Any]
+Way = Callable[[], dict[str, Tensor]]
+
+
+def options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.mlp",
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="example: python -m benchmarks.mlp --rows 65536 --width 768",
+    )
+    add = parser.add_argument
+    add("--rows", type=int, default=65536, help="tokens (65536)")
+    add("--width", type=int, default=768, help="of the model; the inner one is four times that")
+    add("--rounds", type=int, default=5, help="rounds of each way (5)")
+    add("--out", type=Path, default=Path(__file__).with_suffix(""), help="folder of the result")
+    wanted = parser.parse_args(argv)
+    for name in ("rows", "width", "rounds"):
+        if vars(wanted)[name] < 1:
+            parser.error(f"--{name} must be at least 1, got {vars(wanted)[name]}")
+    if wanted.width % mlp.WIDTH_MULTIPLE:
+        parser.error(f"--width must be a multiple of {mlp.WIDTH_MULTIPLE}, got {wanted.width}")
+    return wanted
+
+
+class Case:
+    """Inputs of one shape, and the ways that compute from them.
+
+    Args:
+        rows, width: M and D.
+    """
+
+    def __init__(self, rows: int, width: int, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+
+        def random(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator, device=device).to(dtype)
+
+        self.device, inner = device, 4 * width
+        self.x, self.dout = random(rows, width), random(rows, width)
+        self.w1, self.w2 = (
+            random(*size) * width**-0.5 for size in ((inner, width), (width, inner))
+        )
+        self.b = random(inner)
+        self.pre = torch.addmm(self.b, self.x, self.w1.t())
+
+    def exact(self, part: str, form: str) -> dict[str, Tensor]:
+        """The results in fp32."""
+        if part == "forward":
+            pre = torch.addmm(self.b.float(), self.x.float(), self.w1.float().t())
+            return {"act": F.gelu(pre, approximate=FORMS[form]), "pre": pre}
+        dact = self.dout.float() @ self.w2.float()
+        dpre = torch.ops.aten.gelu_backward(dact, self.pre.float(), approximate=FORMS[form])
+        return {"dpre": dpre, "db": dpre.sum(0)}
+
+    def ways(self, part: str, form: str) -> dict[str, Way]:
+        """All ways of a part and form of GELU, by name."""
+        tanh, operators = form == "gelu_new", torch.ops.flashgpt
+        if part == "forward":
+            names, inputs = ("act", "pre"), (self.x, self.w1, self.b)
+            kernel: Callable[..., tuple[Tensor, Tensor]] = triton_mlp.linear_gelu
+        else:
+            names, inputs = ("dpre", "db"), (self.dout, self.w2, self.pre)
+            kernel = triton_mlp.matmul_dgelu
+
+        def product(a: Tensor, w: Tensor, last: Tensor) -> tuple[Tensor, ...]:
+            return (torch.addmm(last, a, w.t()) if part == "forward" else a @ w,)
+
+        def apart(a: Tensor, w: Tensor, last: Tensor) -> tuple[Tensor, ...]:
+            (out,) = product(a, w, last)
+            if part == "forward":
+                return F.gelu(out, approximate=FORMS[form]), out
+            dpre = torch.ops.aten.gelu_backward(out, last, approximate=FORMS[form])
+            return dpre, dpre.sum(0)
+
+        def cublaslt(a: Tensor, w: Tensor, last: Tensor) -> tuple[Tensor, ...]:
+            if part == "forward":
+                act, pre = operators.linear_gelu(a, w, last, True)
+                return act, pre
+            dpre = operators.matmul_dgelu(a, w, last)
+            return dpre, dpre.sum(0)
+
+        def named(call: Callable[..., tuple[Tensor, ...]], *more: object) -> Way:
+            return lambda: dict(zip(names, call(*inputs, *more), strict=True))
+
+        compiled = torch.compile if self.device.type == "cuda" else lambda call: call
+        found: dict[str, Way] = {"product": lambda: {"": product(*inputs)[0]}}
+        found["apart"] = named(compiled(apart))
+        if tanh:
+            found["cublaslt"] = named(compiled(cublaslt))
+        for cut in CUTS:
+            found[f"triton {' '.join(map(str, cut))}"] = named(kernel, tanh, cut)
+        return found
+
+    def measure(self, part: str, form: str, rounds: int) -> list[Row]:
+        """A row for each way."""
+        rows: dict[str, Row] = {}
+        exact, calls = self.exact(part, form), {}
+        for name, way in self.ways(part, form).items():
+            rows[name] = {"part": part, "gelu": form, "way": name}
+            try:
+                found = way()
+                errors = [error(found[key], exact[key]) for key in exact if key in found]
+                rows[name]["error"] = max(errors, default=0.0)
+                calls[name] = way
+            except Exception as reason:  # a cut that does not fit, say: the others go on
+                rows[name]["failed"] = failure.reason(reason)
+        times = alternate(
+            calls, rounds, lambda call: milliseconds(call, self.device), seconds=math.inf
+        )
+        for name, ms in times.items():
+            rows[name] |= {"ms": statistics.median(ms), "all_ms": ms}
+        return list(rows.values())
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """The larger one of two: of the norm, and of the largest value."""
+    off = found.float() - exact
+    ratios = (off.norm() / exact.norm(), off.abs().max() / exact.abs().max())
+    return max(float(ratio.nan_to_num(math.inf)) for ratio in ratios)
+
+
+def holds(row: Row) -> bool:
+    """Whether a row is right, or of a cut that nothing else uses."""
+    ours = row["way"] == f"triton {' '.join(map(str, CUT))}"
+    return row["error"] <= MAX_ERROR if "ms" in row else not ours
+
+
+def show(rows: Sequence[Row], flop: float) -> None:
+    """One table."""
+    print(f"\n{rows[0]['part']}, {rows[0]['gelu']}")
+    print(f"{'way':<24} {'ms':>8} {'range':>17} {'TFLOP/s':>8} {'error':>8}")
+    for row in rows:
+        if "failed" in row:
+            print(f"{row['way']:<24} failed: {row['failed'][:60]}")
+            continue
+        spread = f"{min(row['all_ms']):.3f} .. {max(row['all_ms']):.3f}"
+        print(
+            f"{row['way']:<24} {row['ms']:>8.3f} {spread:>17} {flop / row['ms'] / 1e9:>8.0f} "
+            f"{row['error']:>8.5f}{'' if holds(row) else ' WRONG'}",
+            flush=True,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, writes mlp.json, prints the tables."""
+    wanted = options(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    case = Case(wanted.rows, wanted.width, device)
+    record: dict[str, Any] = {
+        "rows": [],
+        "options": {name: vars(wanted)[name] for name in ("rows", "width", "rounds")},
+        "machine": {"device": device_name(device.type), **versions()},
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    wanted.out.mkdir(parents=True, exist_ok=True)
+    for form, part in itertools.product(FORMS, PARTS):
+        rows = case.measure(part, form, wanted.rounds)
+        record["rows"] += rows
+        write_json(wanted.out / "mlp.json", record)
+        show(rows, 8.0 * wanted.rows * wanted.width**2)
+    right = all(map(holds, record["rows"]))
+    kept = ("part", "gelu", "way", "ms", "error", "failed")
+    brief = [{key: row[key] for key in kept if key in row} for row in record["rows"]]
+    print(json.dumps({"right": right, "rows": brief}))
+    return int(not right)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
