@@ -18,11 +18,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashgpt.generation.triton_step import GELUS, NONE, _gelu, _weights, launch_early
 
-MOST_TEXTS = 32  # with more, PyTorch's products are faster
+MOST_TEXTS = 64  # with more, tiles are large enough for PyTorch's products
 LEAST_SIDE = 16  # of a tile that tensor cores multiply
-ROWS, HEAD_ROWS = 16, 64  # features of a program; each reads all texts
-CHUNK = 256  # features that come in, at a time, where they are many
-WARPS, STAGES = 4, 3
+# Features of a program, which reads all texts; and the cut of those that come in. The best of ten
+# for 8 to 64 texts of GPT-2 124M on an H100; what matters most is that few warps share the sums.
+ROWS, HEAD_ROWS = 16, 64
+CHUNK, STAGES = 128, 6
+WARPS = 2
 
 
 @triton.jit
@@ -135,7 +137,7 @@ def _normed(x_BD: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
     out_BD = torch.empty_like(x_BD, dtype=dtype)
     arguments = (x_BD, norm.weight, norm.bias, out_BD, norm.eps)
     constants = (ins, triton.next_power_of_2(ins))
-    launch_early(_norm, texts, arguments, constants, x_BD.device, WARPS)
+    launch_early(_norm, texts, arguments, constants, x_BD.device)
     return out_BD
 
 

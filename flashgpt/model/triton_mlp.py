@@ -147,7 +147,7 @@ class Cut(NamedTuple):
     stages: int
 
 
-CUT = Cut(128, 128, 64, 8, 3)
+CUT = Cut(128, 128, 64, 4, 3)
 
 
 def linear_gelu(
