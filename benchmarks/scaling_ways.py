@@ -6,8 +6,10 @@ import dataclasses
 import statistics
 import time
 from typing import Any, Literal
+from unittest import mock
 
 import torch
+from torch import nn
 
 from benchmarks.overlap import overlap
 from flashgpt.attention import kernels
@@ -20,8 +22,9 @@ from flashgpt.train.feed import MicroBatch
 from flashgpt.train.parallel import Parallel
 from flashgpt.train.parts import Parts
 from flashgpt.train.step import Forward, update
+from flashgpt.train.wrapping import wrap
 
-SINGLE = "single"
+SINGLE, FP32_GATHER = "single", "fsdp-fp32-gather"
 WARM_UP, PROFILED = 5, 3  # steps
 
 Row = dict[str, Any]
@@ -81,7 +84,8 @@ class Worker:
         model = GPTModel(self.size.cfg)
         self.start = {name: p.detach().clone() for name, p in model.named_parameters()}
         tokenizer: Any = None  # is not asked for anything
-        self.parts: Parts = parts.build(model, tokenizer, config, parallel)
+        with mock.patch.object(parts, "wrap", wrap_in_fp32 if way == FP32_GATHER else wrap):
+            self.parts: Parts = parts.build(model, tokenizer, config, parallel)
 
     def measure(self) -> Row:
         """What there is to say of the way; the same work in every process."""
@@ -170,6 +174,11 @@ class Worker:
     def tell(self, what: str) -> None:
         if self.parallel.is_first:
             print(f"{self.way}: {what}", flush=True)
+
+
+def wrap_in_fp32(model: GPTModel, parallel: Parallel, _: torch.dtype | None) -> nn.Module:
+    """`wrap`, but what goes between processes is fp32, whatever the products are."""
+    return wrap(model, parallel, None)
 
 
 def micro_reversed(micro: MicroBatch) -> MicroBatch:

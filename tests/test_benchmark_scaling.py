@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import scaling
 from benchmarks.overlap import overlap
+from benchmarks.scaling_ways import Worker
+from flashgpt.train import runtime, wrapping
+from flashgpt.train.parallel import Parallel
 
 
 def test_several_processes_are_measured_beside_one(
@@ -56,7 +60,21 @@ def test_a_way_that_fails_is_said(
 
     monkeypatch.setattr(scaling, "launch", launch)
     assert scaling.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)]) == 1
-    assert "fsdp     failed: ended with status 1" in capsys.readouterr().out
+    assert "fsdp             failed: ended with status 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("way", ["fsdp", "fsdp-fp32-gather"])
+def test_one_way_gathers_weights_in_full_precision(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both compute in bf16."""
+    gathered: list[torch.dtype | None] = []
+    monkeypatch.setattr(wrapping, "_shard", lambda model, dtype: gathered.append(dtype) or model)
+    monkeypatch.setattr(runtime, "autocast_dtype", lambda *_: torch.bfloat16)
+    two = Parallel(0, 2, sharded=True)
+    worker = Worker(way, scaling.size(tiny=True), "cpu", 2, two)
+    assert worker.parts.autocast is torch.bfloat16
+    assert gathered == [torch.bfloat16 if way == "fsdp" else None]
 
 
 def test_overlap_is_what_stands_beside_computing() -> None:
