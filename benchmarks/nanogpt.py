@@ -19,7 +19,7 @@ import hashlib
 import importlib.util
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -122,16 +122,25 @@ def peer_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) 
     return Optimizer({p: name for name, p in model.named_parameters()}, [adamw], config.lr)
 
 
-def own_forward(model: GPTModel, config: TrainConfig, *, compiled: bool) -> Forward:
-    """(ids, targets) -> loss, as our trainer calls it: fresh dropout masks in every step."""
+def own_call(model: GPTModel, *, compiled: bool) -> Forward:
+    """(ids, targets) -> loss."""
     runtime.tag_kept_code()
-    call = torch.compile(model) if compiled else model
+    return torch.compile(model) if compiled else model
+
+
+def own_masks(model: GPTModel, config: TrainConfig) -> Callable[[], None]:
+    """Gives the next step dropout masks of its own, as our trainer does."""
     steps = iter(range(2**31))
+    return lambda: model.set_dropout(dropout_seed(config.seed, next(steps)))
+
+
+def own_forward(model: GPTModel, config: TrainConfig, *, compiled: bool) -> Forward:
+    """(ids, targets) -> loss, with fresh dropout masks in every call."""
+    call, masks = own_call(model, compiled=compiled), own_masks(model, config)
 
     def forward(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        model.set_dropout(dropout_seed(config.seed, next(steps)))
-        loss: Tensor = call(ids_BT, targets_BT)
-        return loss
+        masks()
+        return call(ids_BT, targets_BT)
 
     return forward
 

@@ -6,6 +6,7 @@
     ours               compiled, use_flash on: what our trainer runs
     ours-off           compiled, use_flash off
     ours-eager, ours-off-eager    the same, not compiled
+    ours-graph         ours as one CUDA graph, which our trainer makes of small steps alone
 
 A step is forward, loss, backward, clipping at 1 and AdamW (nanoGPT's as it makes it, ours as our
 trainer makes it), on tokens that lie on the device, the same ones for all; bf16 autocast on CUDA
@@ -14,12 +15,13 @@ the CPU all are timed in turns. The batch `fit` is the largest that a GPU's memo
 multiples of 8 (below 8, the powers of two), found by trying; at most 9 are tried.
 
 Time is the median over rounds of several steps each. Memory is the most that torch allocates, with
-weights and optimizer. Ratios compare with each of nanoGPT's ways of the same batch (or of fit) and
-dropout: tokens per second over its tokens per second, peak over its peak.
+weights and optimizer; of a graph what torch reserves, which each row has as `reserved_bytes`.
+Ratios compare with each of nanoGPT's ways of the same batch (or of fit) and dropout: tokens per
+second over its tokens per second, peak over its peak.
 
 A way that runs out of memory is reported, and the others go on; any other failure of ours ends
-with status 1. Writes speed.json after each batch, prints a table and, last, one line of JSON. From
-the root of the checkout:
+with status 1. Writes speed.json after each row (on the CPU after each batch), prints a table and,
+last, one line of JSON. From the root of the checkout:
 
     python -m benchmarks.nanogpt_speed --nanogpt DIR --batch 16 fit --dropout 0 0.1
 """
@@ -41,10 +43,10 @@ import torch
 
 from benchmarks import nanogpt
 from benchmarks.fit import fit
-from benchmarks.nanogpt_ways import PEERS, WAYS, Ready, peak, release, repeated, start, wait
+from benchmarks.nanogpt_ways import GRAPH, PEERS, WAYS, Ready, peak, release, repeated, start, wait
 from flashgpt.attention.measured import device_name
 from flashgpt.config import PRESETS, GPTConfig
-from flashgpt.measure import failure
+from flashgpt.measure import failure, memory_model
 from flashgpt.measure.clock import Call, alternate, milliseconds
 from flashgpt.train import runtime
 from flashgpt.train.checkpoint import write_json
@@ -69,7 +71,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         add(f"--{name}", type=int, help=f"{name} of the model, where not those of the shape")
     add(
         "--activation", choices=("gelu", "gelu_new"), default="gelu",
-        help="GELU of our model: nanoGPT's, or GPT-2's own, which is fused on a GPU (gelu)",
+        help="GELU of our model: nanoGPT's, or GPT-2's own tanh form (gelu)",
     )  # fmt: skip
     add("--batch", nargs="+", default=["16"], help="rows of a step, or fit: all that fit (16)")
     add("--length", type=int, default=1024, help="tokens of a row (1024)")
@@ -96,6 +98,8 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         if vars(wanted)[name] < 1:
             parser.error(f"--{name} must be at least 1, got {vars(wanted)[name]}")
     wanted.batch = [_batch(parser, text) for text in wanted.batch]
+    if GRAPH in wanted.ways and not torch.cuda.is_available():
+        parser.error(f"--ways {GRAPH} is a CUDA graph, and torch finds no CUDA device")
     return wanted
 
 
@@ -115,24 +119,25 @@ class Bench:
     def __init__(self, wanted: argparse.Namespace, device: torch.device) -> None:
         self.wanted, self.device = wanted, device
 
-    def rows(self) -> Iterator[list[Row]]:
+    def rows(self) -> Iterator[Row]:
         """The rows of each dropout and batch, as they are done."""
         for p in self.wanted.dropout:
             for batch in self.wanted.batch:
                 rows = [{"way": way, "dropout": p, "asked": batch} for way in self.wanted.ways]
                 if self.device.type == "cpu":
                     self._in_turns(rows, p, batch)
-                else:
-                    for row in rows:
+                for row in rows:
+                    if self.device.type != "cpu":
                         self._alone(row, p, batch)
-                compare(rows, self.wanted.length)
-                yield rows
+                    yield row
 
     def _alone(self, row: Row, p: float, batch: int | str) -> None:
         """Measures one way, with the device to itself."""
         if batch == FIT:
             room = float(torch.cuda.mem_get_info(self.device)[0])
-            row["fit"] = fit(lambda rows: self._attempt(row, p, rows), room)
+            # Weights and AdamW's two moments.
+            fixed = 12.0 * memory_model.parameters(self.wanted.cfg)
+            row["fit"] = fit(lambda rows: self._attempt(row, p, rows), room, fixed)
             batch = row["fit"]["batch"] or 0
             if not batch:
                 row.setdefault("failed", failure.OUT_OF_MEMORY)
@@ -163,6 +168,8 @@ class Bench:
         call = repeated(ready.step, self.wanted.steps)
         ms = [self._timer(call) for _ in range(self.wanted.rounds)]
         row["peak_bytes"] = peak(ready, self.device)
+        if self.device.type == "cuda":
+            row["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
         row["ms"] = ms
 
     def _in_turns(self, rows: Sequence[Row], p: float, batch: int) -> None:
@@ -199,7 +206,7 @@ class Bench:
 
 
 def compare(rows: Sequence[Row], length: int) -> None:
-    """Adds tokens per second, and the ratios to nanoGPT's rows."""
+    """Adds tokens per second, and the ratios to nanoGPT's rows of the same dropout and batch."""
     done = [row for row in rows if "ms" in row]
     for row in done:
         row["tokens_per_second"] = row["batch"] * length / statistics.median(row["ms"]) * 1e3
@@ -208,6 +215,7 @@ def compare(rows: Sequence[Row], length: int) -> None:
             peer["way"]: {key: row[key] / peer[key] for key in ("tokens_per_second", "peak_bytes")}
             for peer in done
             if peer["way"] in PEERS
+            and (peer["dropout"], peer["asked"]) == (row["dropout"], row["asked"])
         }
 
 
@@ -216,28 +224,31 @@ def holds(row: Row) -> bool:
     return row["way"] in PEERS or row.get("failed", failure.OUT_OF_MEMORY) == failure.OUT_OF_MEMORY
 
 
-def show(record: dict[str, Any]) -> None:
+def line(row: Row, base: str) -> str:
+    """A row of the table, with ratios to one of nanoGPT's ways."""
+    batch = f"{row.get('batch', '-')}{'*' if row['asked'] == FIT else ''}"
+    start = f"{row['way']:<17} {row['dropout']:>7g} {batch:>6}"
+    if "failed" in row:
+        return f"{start} failed: {row['failed'][:60]}"
+    against = row["against"].get(base, {})
+    ratios = [against.get(key) for key in ("tokens_per_second", "peak_bytes")]
+    spread = f"{min(row['ms']):.2f} .. {max(row['ms']):.2f}"
+    return (
+        f"{start} {statistics.median(row['ms']):>9.2f} {spread:>19} "
+        f"{row['tokens_per_second']:>10,.0f} {row['peak_bytes'] / 2**30:>6.2f} "
+        f"{row['first_step_seconds']:>8.1f} "
+        + " ".join("     -" if ratio is None else f"{ratio:>6.2f}" for ratio in ratios)
+    )
+
+
+def show(record: dict[str, Any], base: str) -> None:
     """The table."""
-    base = next((way for way in PEERS if way in record["options"]["ways"]), "nanogpt")
     print(
         f"\n{'way':<17} {'dropout':>7} {'batch':>6} {'ms/step':>9} {'range':>19} {'tokens/s':>10} "
         f"{'GiB':>6} {'first s':>8} {'speed':>6} {'memory':>6}"
     )
     for row in record["rows"]:
-        batch = f"{row.get('batch', '-')}{'*' if row['asked'] == FIT else ''}"
-        start = f"{row['way']:<17} {row['dropout']:>7g} {batch:>6}"
-        if "failed" in row:
-            print(f"{start} failed: {row['failed'][:60]}")
-            continue
-        against = row["against"].get(base, {})
-        ratios = [against.get(key) for key in ("tokens_per_second", "peak_bytes")]
-        spread = f"{min(row['ms']):.2f} .. {max(row['ms']):.2f}"
-        print(
-            f"{start} {statistics.median(row['ms']):>9.2f} {spread:>19} "
-            f"{row['tokens_per_second']:>10,.0f} {row['peak_bytes'] / 2**30:>6.2f} "
-            f"{row['first_step_seconds']:>8.1f} "
-            + " ".join("     -" if ratio is None else f"{ratio:>6.2f}" for ratio in ratios)
-        )
+        print(line(row, base))
     cfg, made = record["model"], record["machine"]
     print(
         f"speed (tokens/s) and memory as parts of {base}'s of the same dropout and batch; "
@@ -249,7 +260,7 @@ def show(record: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, writes the result after each batch, prints the table."""
+    """Measures, writes the result after each row, prints the table."""
     wanted = options(argv)
     device = runtime.device("auto")
     if device.type == "cuda":
@@ -265,10 +276,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     wanted.out.mkdir(parents=True, exist_ok=True)
-    for rows in Bench(wanted, device).rows():
-        record["rows"] += rows
+    base = next((way for way in PEERS if way in wanted.ways), PEERS[0])
+    for row in Bench(wanted, device).rows():
+        record["rows"].append(row)
+        compare(record["rows"], wanted.length)
         write_json(wanted.out / "speed.json", record)
-    show(record)
+        print(line(row, base), flush=True)
+    show(record, base)
     kept = ("way", "dropout", "batch", "tokens_per_second", "peak_bytes", "against", "failed")
     brief = [{key: row[key] for key in kept if key in row} for row in record["rows"]]
     print(json.dumps({"rows": brief}))

@@ -19,21 +19,21 @@ from flashgpt.measure.clock import Call
 from flashgpt.measure.memory import peak_bytes
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import TrainConfig
-from flashgpt.train import runtime
+from flashgpt.train import graph, runtime
 from flashgpt.train.bare import BareStep
 
 WAYS = (
     *("nanogpt", "nanogpt-standard", "nanogpt-eager"),
-    *("ours", "ours-off", "ours-eager", "ours-off-eager"),
+    *("ours", "ours-off", "ours-eager", "ours-off-eager", "ours-graph"),
 )
-PEERS = WAYS[:3]
+PEERS, GRAPH = WAYS[:3], WAYS[-1]
 TRAIN = TrainConfig(grad_clip=1.0)  # whose seed, clipping and AdamW all ways take
 
 
 def build(way: str, wanted: argparse.Namespace, p: float, device: torch.device) -> BareStep:
     """The step of a way."""
     module: types.ModuleType = wanted.module
-    compiled, plain = not way.endswith("-eager"), way.removesuffix("-eager")
+    compiled, plain = not way.endswith("-eager"), way.removesuffix("-eager").removesuffix("-graph")
     cfg = dataclasses.replace(wanted.cfg, drop_rate=p, use_flash=plain != "ours-off")
     autocast = runtime.autocast_dtype("auto", device)
     torch.manual_seed(TRAIN.seed)
@@ -43,23 +43,25 @@ def build(way: str, wanted: argparse.Namespace, p: float, device: torch.device) 
         made = nanogpt.peer_optimizer(peer, TRAIN, device)
         return BareStep(forward, peer, made, TRAIN.grad_clip, device, autocast)
     model = GPTModel(cfg).to(device).train()
-    forward = nanogpt.own_forward(model, TRAIN, compiled=compiled)
-    made = nanogpt.own_optimizer(model, TRAIN)
-    return BareStep(forward, model, made, TRAIN.grad_clip, device, autocast)
+    forward = nanogpt.own_call(model, compiled=compiled)
+    made, masks = nanogpt.own_optimizer(model, TRAIN), nanogpt.own_masks(model, TRAIN)
+    return BareStep(forward, model, made, TRAIN.grad_clip, device, autocast, masks)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """A way after its first step.
+    """A way after its first step, or, where that is a CUDA graph, after its capture.
 
     Attributes:
         step: one step on its tokens.
+        graphed: whether it is a CUDA graph.
         first_step_seconds: of the first step, which compiles.
         kernels: attention kernels that served; empty for nanoGPT.
     """
 
     bare: BareStep
     step: Call
+    graphed: bool
     first_step_seconds: float
     kernels: list[str]
 
@@ -67,7 +69,11 @@ class Ready:
 def start(
     way: str, wanted: argparse.Namespace, p: float, batch: int, device: torch.device
 ) -> Ready:
-    """Builds a way and does its first step."""
+    """Builds a way and does its first step.
+
+    Raises:
+        RuntimeError: a CUDA graph could not be captured; torch.OutOfMemoryError for want of memory.
+    """
     kernels.clear_receipt()
     bare = build(way, wanted, p, device)
     generator = torch.Generator().manual_seed(TRAIN.seed)
@@ -75,15 +81,24 @@ def start(
     tokens = torch.randint(wanted.vocab_size, size, generator=generator).to(device)
     ids_BT, targets_BT = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
+    notes: list[str] = []
+    graphed = bare.graphed(notes.append) if way == GRAPH else None
+
     def step() -> None:
-        bare(ids_BT, targets_BT)
+        (graphed or bare)(ids_BT, targets_BT)
 
     began = time.perf_counter()
     step()
     wait(device)
     seconds = time.perf_counter() - began
+    if graphed is not None:
+        repeated(step, graph.WARM_UP)()
+        wait(device)
+        if not graphed.compute.captured:
+            full = torch.OutOfMemoryError.__name__ in notes[-1]
+            raise (torch.OutOfMemoryError if full else RuntimeError)(notes[-1])
     served = sorted({line.split(" served ")[0] for line in kernels.receipt()})
-    return Ready(bare, step, seconds, served)
+    return Ready(bare, step, graphed is not None, seconds, served)
 
 
 def repeated(step: Call, count: int) -> Call:
@@ -97,11 +112,14 @@ def repeated(step: Call, count: int) -> Call:
 
 
 def peak(ready: Ready, device: torch.device) -> int:
-    """The most bytes that torch holds during two steps."""
+    """The most bytes that torch holds during two steps; with a CUDA graph, what it reserves, for
+    between replays the graph's memory belongs to no tensor."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         repeated(ready.step, 2)()
         wait(device)
+        if ready.graphed:
+            return torch.cuda.max_memory_reserved(device)
         return torch.cuda.max_memory_allocated(device)
     model, state = ready.bare.model, ready.bare.optimizer.state_tensors()
     held = [*model.parameters(), *model.buffers(), *state.values()]

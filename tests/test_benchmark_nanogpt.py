@@ -25,6 +25,7 @@ from benchmarks import nanogpt_speed as speed
 from flashgpt.config import GPTConfig
 from flashgpt.measure import failure
 from flashgpt.model.gpt2 import GPTModel
+from flashgpt.train import graph
 
 STAND_IN = """
 from dataclasses import dataclass
@@ -178,6 +179,10 @@ def test_speed_is_measured_beside_each_of_nanogpts_ways(
         middle = sorted(row["ms"])[1]
         assert row["tokens_per_second"] == pytest.approx(row["batch"] * LENGTH / middle * 1e3)
         assert list(row["against"]) == ["nanogpt-eager"]
+        same = (row["dropout"], row["batch"], "nanogpt-eager")
+        base = record["rows"][found.index(same)]["tokens_per_second"]
+        ratio = row["against"]["nanogpt-eager"]["tokens_per_second"]
+        assert ratio == row["tokens_per_second"] / base
         assert (row["kernels"] == []) == (row["way"] == "nanogpt-eager")
         assert row["way"] != "ours-off-eager" or row["kernels"] == ["standard"]
     assert {"device", "torch", "revision"} <= record["machine"].keys()
@@ -199,7 +204,7 @@ def test_compiled_ways_are_compiled_and_standard_attention_is_standard(
         return model
 
     monkeypatch.setattr(torch, "compile", compile)
-    assert run_speed("--ways", *nanogpt_ways.WAYS)[0] == 0
+    assert run_speed("--ways", *nanogpt_ways.WAYS[:-1])[0] == 0
     assert len(compiled) == 4
     fused, standard, *_ = compiled
     flash = [m.flash for model in (fused, standard) for m in model.modules() if hasattr(m, "flash")]
@@ -240,6 +245,11 @@ def test_the_largest_batch_that_fits_is_found(most: int, extra: float) -> None:
     assert len(found["attempts"]) <= fit.ATTEMPTS
 
 
+def test_a_guess_from_what_is_known_saves_attempts() -> None:
+    found = fit.fit(lambda batch: 50.0 + batch if batch <= 64 else None, 114 / fit.USABLE, 50.0)
+    assert [attempt["batch"] for attempt in found["attempts"]] == [8, 64, 72]
+
+
 def test_attempts_are_bounded() -> None:
     found = fit.fit(float, 1e30)
     assert len(found["attempts"]) == fit.ATTEMPTS and not found["largest"]
@@ -263,6 +273,78 @@ def test_a_batch_that_fits_is_measured(peer: Path, monkeypatch: pytest.MonkeyPat
     row: dict[str, Any] = {"way": "ours-eager", "dropout": 0.0, "asked": "fit"}
     bench._alone(row, 0.0, "fit")
     assert row["batch"] == 16 and row["fit"]["largest"] and len(row["ms"]) == 3
+
+
+class StandIn:
+    """What stands in for a CUDA stream; of replays it is told."""
+
+    replays = 0
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        return call()
+
+    def capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        return self.replay, None
+
+    def replay(self) -> None:
+        StandIn.replays += 1
+
+
+@pytest.fixture
+def wanted(peer: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """Options of a tiny model with dropout, graphs being allowed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        sizes = [*SIZES, "2", "--vocab-size", "60", "--dropout", "0.1", "--nanogpt", str(peer)]
+        return speed.options([*sizes, "--ways", nanogpt_ways.GRAPH])
+
+
+def test_a_step_is_one_graph_with_masks_of_its_own(
+    wanted: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "Stream", StandIn)
+    monkeypatch.setattr(StandIn, "replays", 0)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    ready = nanogpt_ways.start(nanogpt_ways.GRAPH, wanted, 0.1, 2, torch.device("cpu"))
+    assert ready.graphed and StandIn.replays == 1
+    model = ready.bare.model
+    assert isinstance(model, GPTModel)
+    seeds = [int(model.dropout_seed)]
+    for _ in range(2):
+        ready.step()
+        seeds.append(int(model.dropout_seed))
+    assert StandIn.replays == 3 and len(set(seeds)) == 3
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("too large"), RuntimeError("broken")])
+def test_a_step_that_cannot_be_captured_is_no_row(
+    error: Exception, wanted: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> tuple[Callable[[], None], Any]:
+        raise error
+
+    monkeypatch.setattr(graph, "Stream", StandIn)
+    monkeypatch.setattr(StandIn, "capture", fail)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    with pytest.raises(type(error), match=f"no CUDA graph of a step: .*{error}"):
+        nanogpt_ways.start(nanogpt_ways.GRAPH, wanted, 0.1, 2, torch.device("cpu"))
+
+
+def test_what_was_measured_is_written_before_the_end(
+    run_speed: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = speed.Bench.rows
+
+    def cut_off(self: speed.Bench) -> Any:
+        yield next(rows(self))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(speed.Bench, "rows", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run_speed("--ways", "nanogpt-eager", "ours-eager")
+    record = json.loads((tmp_path / "made" / "here" / "speed.json").read_text())
+    assert [row["way"] for row in record["rows"]] == ["nanogpt-eager"]
+    assert record["rows"][0]["tokens_per_second"] > 0
 
 
 def test_both_sides_reach_the_same_loss(
@@ -413,6 +495,7 @@ def test_refusals(
         )
         if not torch.cuda.is_available():
             assert "no CUDA device" in refusal("--nanogpt", peer, "--batch", "fit")
+            assert "no CUDA device" in refusal("--nanogpt", peer, "--ways", nanogpt_ways.GRAPH)
         for (name, value), words in zip(bad.items(), says, strict=True):
             assert words in refusal("--nanogpt", peer, name, value)
         return
