@@ -1,8 +1,11 @@
 """What test_parallel.py looks at, trained in the processes that torchrun starts.
 
-    torchrun --nproc-per-node 2 tests/train/processes.py FOLDER
+    torchrun --standalone --nproc-per-node 2 --max-restarts 3 tests/train/processes.py \\
+        train FOLDER/curve.toml --out FOLDER/chain --train.stop-at 20
 
-FOLDER has curve.toml and pairs.toml; there come the runs, and result-RANK.json.
+FOLDER has curve.toml and pairs.toml; there come the runs, and result-RANK.json. First there is
+`flashgpt train ...`, whose second process is killed in its thirteenth step, and which goes on in
+the next start; then all other runs in the same processes; at last torchrun is stopped.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,8 +24,10 @@ from typing import Any
 import pytest
 import torch
 
+from flashgpt.cli import main
 from flashgpt.data.prepare import prepare
 from flashgpt.data.shards import TokenData
+from flashgpt.launch import Launch
 from flashgpt.model import gpt2
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import RunConfig
@@ -30,6 +36,7 @@ from flashgpt.train import checkpoint, initial
 from flashgpt.train.feed import Feed, MicroBatch
 from flashgpt.train.loop import Listener
 from flashgpt.train.parallel import ALONE, Parallel, started
+from flashgpt.train.record import Record
 from flashgpt.train.trainer import Trainer
 from flashgpt.train.wrapping import wrap
 
@@ -39,7 +46,7 @@ Micros = list[MicroBatch]
 def fit(
     run: RunConfig, out: Path, parallel: Parallel = ALONE, *, double: bool = False, **more: Any
 ) -> dict[str, Any]:
-    """Trains; what the process heard and how it ended."""
+    """Trains, but draws nothing; what the process heard and how it ended."""
     data = TokenData.open(prepare(run.data))
     torch.manual_seed(run.train.seed)
     model = GPTModel(run.model.resolve(data.vocab_size))
@@ -47,7 +54,9 @@ def fit(
     entries: list[dict[str, Any]] = []
     notes: list[str] = []
     listener = Listener(step=entries.append, note=notes.append)
-    result = trainer.fit(data, out, run, listener=listener, **more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Record, "plot", lambda _: None)
+        result = trainer.fit(data, out, run, listener=listener, **more)
     heard = {key: [entry[key] for entry in entries] for key in ("step", "loss", "grad_norm")}
     end = {"notes": notes, "steps": result.step, "interrupted": result.interrupted}
     found = result.evaluation
@@ -83,6 +92,31 @@ def stopping(step: int, micros: Micros) -> Micros:
     if step == 2:
         signal.raise_signal(signal.SIGTERM)
     return micros
+
+
+def killed(step: int, micros: Micros) -> Micros:
+    if step == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return micros
+
+
+def ending(step: int, micros: Micros) -> Micros:
+    """SIGTERM goes to torchrun in the third step, which waits until it has come back."""
+    if step == 2:
+        came, wakes = os.pipe()
+        os.set_blocking(wakes, False)
+        signal.set_wakeup_fd(wakes)
+        os.kill(os.getppid(), signal.SIGTERM)
+        os.read(came, 1)
+        signal.set_wakeup_fd(-1)
+    return micros
+
+
+def in_second(
+    parallel: Parallel | Launch, change: Callable[[int, Micros], Micros]
+) -> contextlib.AbstractContextManager[None]:
+    """`taking` in the second process, nothing in the first."""
+    return taking(change) if parallel.rank == 1 else contextlib.nullcontext()
 
 
 def seen_in_half_precision(run: RunConfig, parallel: Parallel) -> dict[str, Any]:
@@ -132,20 +166,26 @@ def all_runs(folder: Path, parallel: Parallel) -> Iterator[tuple[str, dict[str, 
     yield "half", seen_in_half_precision(curve, fsdp)
     yield "curve-ddp", fit(curve, folder / "curve-ddp", ddp)
     yield "curve-fsdp", fit(curve, folder / "curve-fsdp", fsdp)
+    part = dataclasses.replace(curve, train=dataclasses.replace(curve.train, stop_at=35))
+    yield "part", parallel.lead(lambda: fit(part, folder / "chain", resume=True))
     yield "chain", fit(curve, folder / "chain", fsdp, resume=True)
     for name, these in (("ddp", ddp), ("fsdp", fsdp)):
         yield f"tuned-{name}", tuned(curve, folder / "chain", these)
     short = dataclasses.replace(curve, train=dataclasses.replace(curve.train, steps=4))
-    one_process = taking(broken) if parallel.rank == 1 else contextlib.nullcontext()
-    with one_process:
+    with in_second(parallel, broken):
         yield "broken", fit(short, folder / "broken", fsdp)
-    one_process = taking(stopping) if parallel.rank == 1 else contextlib.nullcontext()
-    with one_process:
+    with in_second(parallel, stopping):
         yield "stopping", fit(short, folder / "stopping", ddp)
 
 
 if __name__ == "__main__":
-    there = Path(sys.argv[1])
+    launch, there = Launch.here(), Path(sys.argv[2]).parent
+    with in_second(launch, killed) if not launch.restarts else contextlib.nullcontext():
+        if status := main():
+            sys.exit(status)
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "2"  # for names in the store that are not taken
     with started("ddp", torch.device("cpu")) as here:
         results = dict(all_runs(there, here))
         (there / f"result-{here.rank}.json").write_text(json.dumps(results))
+        with in_second(here, ending):
+            fit(load_toml(there / "curve.toml"), there / "ended", here)

@@ -1,6 +1,6 @@
 """Several processes: the same run as in one. pytest tests/train/test_parallel.py
 
-Two launches of two processes on the CPU, whatever is looked at: each takes seconds to start.
+One launch of two processes on the CPU, whatever is looked at: it takes seconds to start.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flashgpt.data.batches import Batches
+from flashgpt.data.prepare import prepare
 from flashgpt.data.shards import TokenSplit
 from flashgpt.locks import alone
 from flashgpt.model.gpt2 import GPTModel
@@ -37,25 +38,11 @@ from flashgpt.train.parallel import LostError, Parallel
 from tests.train.processes import fit
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ROOT / "tests" / "train"
 STEPS = 50
 CFG = {"vocab_size": 11, "context_length": 4, "emb_dim": 8, "n_heads": 1, "n_layers": 1}
 CFG |= {"drop_rate": 0.0}
 Cli = Callable[..., Any]
 Results = list[dict[str, dict[str, Any]]]  # by rank, then run
-
-
-def torchrun(*arguments: object, status: int = 0) -> str:
-    """Runs in processes on this machine, to this exit status; what they print."""
-    command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    # Some processors announce a unit for bf16 that they do not let be used.
-    env["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=env, cwd=ROOT, check=False, timeout=300
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -80,7 +67,7 @@ def write_configs(folder: Path, text: Path) -> None:
     (folder / "words.txt").write_text(text.read_text())
     model = ModelConfig(n_layers=2, emb_dim=32, n_heads=2, context_length=32, drop_rate=0.0)
     train = TrainConfig(steps=STEPS, tokens_per_step=128, lr=3e-3, eval_every=0)
-    train = dataclasses.replace(train, checkpoint_every=5, final_eval_tokens=200)
+    train = dataclasses.replace(train, checkpoint_every=10, final_eval_tokens=200)
     short = dataclasses.replace(train, steps=3, micro_batch=1, lr=1e-2, final_eval_tokens=None)
     words, prompts = (
         DataConfig((str(folder / name),), "bytes", cache=str(folder / "cache"))
@@ -91,23 +78,38 @@ def write_configs(folder: Path, text: Path) -> None:
     (folder / "pairs.toml").write_text(to_toml(RunConfig(dropping, prompts, short)))
 
 
-def restart(folder: Path) -> str:
-    """The command of docs/scaling.md; a process is killed in step 13, torchrun ended in step 21."""
+@contextlib.contextmanager
+def two_processes(folder: Path) -> Iterator[None]:
+    """tests/train/processes.py, by the command of docs/scaling.md; what it prints is kept.
+
+    Runs beside what is done while entered.
+    """
     page = (ROOT / "docs" / "scaling.md").read_text()
     command = re.findall(r"^torchrun (.* --max-restarts .*)$", page, re.MULTILINE)[0]
-    command = command.replace("-m flashgpt", str(SCRIPTS / "killed.py"))
+    command = command.replace("-m flashgpt", str(ROOT / "tests" / "train" / "processes.py"))
     command = command.replace("run.toml", str(folder / "curve.toml"))
     command = command.replace("runs/two", str(folder / "chain"))
-    return torchrun(*shlex.split(command), status=1)
+    arguments = [*shlex.split(command), "--train.stop-at", "20"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # Some processors announce a unit for bf16 that they do not let be used.
+    env["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
+    with subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT,
+    ) as running:  # fmt: skip
+        try:
+            yield
+            out, err = running.communicate(timeout=300)
+        finally:
+            running.terminate()  # torchrun passes it on
+    assert running.returncode == 1, out + err  # it was stopped
+    (folder / "printed.txt").write_text(out)
 
 
 def in_one_process(folder: Path) -> dict[str, dict[str, Any]]:
-    """The same runs in this process, steps 21 to 35 of the chain, and the curve with the rows of
-    each batch in another order."""
+    """The same runs in this process, and the curve with the rows of each batch in another order."""
     curve, pairs = (load_toml(folder / f"{name}.toml") for name in ("curve", "pairs"))
-    part = dataclasses.replace(curve, train=dataclasses.replace(curve.train, stop_at=35))
-    found = {"chain": fit(part, folder / "chain", resume=True)}
-    found["pairs"] = fit(pairs, folder / "pairs", double=True)
+    found = {"pairs": fit(pairs, folder / "pairs", double=True)}
     found["curve"] = fit(curve, folder / "curve")
     batch = Batches.batch
     with pytest.MonkeyPatch.context() as patch:
@@ -126,9 +128,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     with alone(made, wait=lambda: None):
         if not (made / "alone.json").exists():
             write_configs(made, text)
-            (made / "restarted.txt").write_text(restart(made))
-            found = in_one_process(made)
-            torchrun("--standalone", "--nproc-per-node", 2, SCRIPTS / "processes.py", made)
+            prepare(load_toml(made / "curve.toml").data)
+            with two_processes(made):
+                found = in_one_process(made)
             (made / "alone.json").write_text(json.dumps(found))
     return made
 
@@ -215,34 +217,38 @@ def test_losses_drift_no_further_than_those_of_permuted_rows(
 
 def test_every_process_sees_the_same(results: Results) -> None:
     first, second = results
-    assert len(first) == 12
+    assert len(first) == 13
     for name, found in first.items():
         for key in found:
             assert json.dumps(found[key]) == json.dumps(second[name][key]), (name, key)
 
 
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(folder: Path) -> None:
-    """torchrun starts both again, they go on by themselves; the first alone prints and writes.
-
-    SIGTERM to torchrun ends both with a checkpoint, and they are not started again."""
-    printed = (folder / "restarted.txt").read_text()
+    """torchrun starts both again, they go on by themselves; the first alone prints and writes."""
+    printed = (folder / "printed.txt").read_text()
     shown = printed.splitlines()
     assert sum("training tokens" in line for line in shown) == 2  # at either start
     assert sum(line.startswith("goes on from") for line in shown) == 1
     assert f"goes on from {folder}/chain/checkpoints/step_00000010" in printed
-    assert sum(line.startswith("interrupted at step 21;") for line in shown) == 1
+    assert sum(line.startswith("step 20: validation loss") for line in shown) == 1
+
+
+def test_torchrun_that_is_stopped_stops_all_after_the_same_step_for_good(folder: Path) -> None:
+    """With restarts left; a third start would print a third time."""
+    names = [path.name for path in (folder / "ended" / "checkpoints").iterdir()]
+    assert names == ["step_00000003"]
+    assert (folder / "printed.txt").read_text().count("training tokens") == 2
 
 
 def test_a_run_goes_on_in_any_number_of_processes(
     folder: Path,
     results: Results,
-    one_process: dict[str, dict[str, Any]],
     curve: dict[str, Any],
     control: float,
 ) -> None:
-    """21 steps of DDP with a kill, 14 in one process, 15 of FSDP2: the curve of one process."""
+    """20 steps of DDP with a kill, 15 in one process, 15 of FSDP2: the curve of one process."""
     alone_from = "steps are of one process from here on, were of 2 processes (ddp)"
-    assert any(note.startswith(alone_from) for note in one_process["chain"]["notes"])
+    assert any(note.startswith(alone_from) for note in results[0]["part"]["notes"])
     chain = results[0]["chain"]
     assert chain["step"] == list(range(36, STEPS + 1))
     assert chain["notes"][0] == f"goes on from {folder}/chain/checkpoints/step_00000035"
