@@ -19,6 +19,7 @@ import torch.utils.deterministic
 from torch import Tensor, nn
 from torch.compiler import config as compiler_config
 
+from flashgpt.launch import Launch
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import TrainConfig
 from flashgpt.train.parallel import ALONE, Parallel
@@ -193,8 +194,7 @@ def _rehearse(
             # Past its limit dynamo would run the ninth model of a process uncompiled.
             torch._dynamo.config.patch(
                 recompile_limit=MOST_MODELS,
-                # What cuts a model where DDP sends gradients cannot cut one that recomputes blocks.
-                optimize_ddp=not config.activation_checkpointing,
+                optimize_ddp=_cuts(config),
             ),
             unsynchronised(module),
         ):
@@ -205,6 +205,15 @@ def _rehearse(
         model.zero_grad(set_to_none=True)
         model.set_dropout(None)
         model.train(was_training)
+
+
+def _cuts(config: TrainConfig) -> bool:
+    """Whether a model under DDP is compiled in pieces, so that gradients are sent meanwhile.
+
+    On one machine that costs more than it hides (docs/scaling.md). A model that recomputes blocks
+    cannot be cut.
+    """
+    return Launch.here().machines > 1 and not config.activation_checkpointing
 
 
 def tag_kept_code() -> None:
