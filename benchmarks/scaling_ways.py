@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import time
@@ -9,7 +10,6 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
-from torch import nn
 
 from benchmarks.overlap import overlap
 from flashgpt.attention import kernels
@@ -17,14 +17,13 @@ from flashgpt.config import GPTConfig, preset
 from flashgpt.measure.trace import trace
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import TrainConfig
-from flashgpt.train import parts, runtime
+from flashgpt.train import parts, runtime, wrapping
 from flashgpt.train.feed import MicroBatch
 from flashgpt.train.parallel import Parallel
 from flashgpt.train.parts import Parts
 from flashgpt.train.step import Forward, update
-from flashgpt.train.wrapping import wrap
 
-SINGLE, FP32_GATHER = "single", "fsdp-fp32-gather"
+SINGLE, BLOCKS = "single", "blocks"  # of one process
 WARM_UP, PROFILED = 5, 3  # steps
 
 Row = dict[str, Any]
@@ -84,8 +83,7 @@ class Worker:
         model = GPTModel(self.size.cfg)
         self.start = {name: p.detach().clone() for name, p in model.named_parameters()}
         tokenizer: Any = None  # is not asked for anything
-        with mock.patch.object(parts, "wrap", wrap_in_fp32 if way == FP32_GATHER else wrap):
-            self.parts: Parts = parts.build(model, tokenizer, config, parallel)
+        self.parts: Parts = parts.build(model, tokenizer, config, parallel)
 
     def measure(self) -> Row:
         """What there is to say of the way; the same work in every process."""
@@ -93,12 +91,15 @@ class Worker:
         self.tell("compiles, where it does")
         begin = time.perf_counter()
         made = self.parts
-        forward = runtime.compiled(made.model, made.config, self.tell, made.module, self.parallel)
+        with compiling_blocks() if self.way == BLOCKS else contextlib.nullcontext():
+            forward = runtime.compiled(
+                made.model, made.config, self.tell, made.module, self.parallel
+            )
         batch = self.batch()
         row: Row = {"way": self.way, "processes": self.parallel.size}
         row["losses"] = self.losses(forward, batch)
         row["first_steps_seconds"] = time.perf_counter() - begin
-        if self.way == SINGLE:
+        if self.way in (SINGLE, BLOCKS):
             self.reset()
             row["control"] = self.losses(forward, [micro_reversed(m) for m in reversed(batch)])
         self.tell(f"losses {row['losses'][0]:.4f} .. {row['losses'][-1]:.4f}; measures time")
@@ -176,9 +177,9 @@ class Worker:
             print(f"{self.way}: {what}", flush=True)
 
 
-def wrap_in_fp32(model: GPTModel, parallel: Parallel, _: torch.dtype | None) -> nn.Module:
-    """`wrap`, but what goes between processes is fp32, whatever the products are."""
-    return wrap(model, parallel, None)
+def compiling_blocks() -> contextlib.AbstractContextManager[object]:
+    """While entered, a whole model is compiled as a sharded one is: block by block."""
+    return mock.patch.object(wrapping, "_is_sharded", return_value=True)
 
 
 def micro_reversed(micro: MicroBatch) -> MicroBatch:

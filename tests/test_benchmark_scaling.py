@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from benchmarks import scaling
+from benchmarks import scaling, scaling_ways
 from benchmarks.overlap import overlap
 from benchmarks.scaling_ways import Worker
-from flashgpt.train import runtime, wrapping
+from flashgpt.train import wrapping
 from flashgpt.train.parallel import Parallel
 
 
@@ -50,6 +49,22 @@ def test_losses_that_drift_further_than_the_control_disagree() -> None:
     assert (near["agrees"], far["agrees"]) == (True, False)
 
 
+def test_fsdp_is_held_to_one_process_compiled_in_the_same_way() -> None:
+    single = row("single", losses=[5.0, 4.0], control=[5.0, 4.001])
+    blocks = row("blocks", losses=[5.0, 4.1], control=[5.0, 4.102])
+    fsdp = row("fsdp", losses=[5.0, 4.105])
+    scaling.compare([single, blocks, fsdp])
+    assert fsdp["agrees"] and fsdp["drift"] == pytest.approx(0.005)
+    assert blocks["drift"] == pytest.approx(0.1) and "agrees" not in blocks
+
+
+def test_blocks_are_compiled_one_by_one() -> None:
+    worker = Worker("blocks", scaling.size(tiny=True), "cpu", 2, Parallel())
+    with scaling_ways.compiling_blocks():
+        assert wrapping.compile_module(worker.parts.model) == worker.parts.model.__call__
+    assert all("forward" in vars(block) for block in worker.parts.model.h)
+
+
 def test_a_way_that_fails_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,21 +75,7 @@ def test_a_way_that_fails_is_said(
 
     monkeypatch.setattr(scaling, "launch", launch)
     assert scaling.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)]) == 1
-    assert "fsdp             failed: ended with status 1" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("way", ["fsdp", "fsdp-fp32-gather"])
-def test_one_way_gathers_weights_in_full_precision(
-    way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both compute in bf16."""
-    gathered: list[torch.dtype | None] = []
-    monkeypatch.setattr(wrapping, "_shard", lambda model, dtype: gathered.append(dtype) or model)
-    monkeypatch.setattr(runtime, "autocast_dtype", lambda *_: torch.bfloat16)
-    two = Parallel(0, 2, sharded=True)
-    worker = Worker(way, scaling.size(tiny=True), "cpu", 2, two)
-    assert worker.parts.autocast is torch.bfloat16
-    assert gathered == [torch.bfloat16 if way == "fsdp" else None]
+    assert "fsdp     failed: ended with status 1" in capsys.readouterr().out
 
 
 def test_overlap_is_what_stands_beside_computing() -> None:
