@@ -271,6 +271,24 @@ def test_steps_with_dropout_and_the_switch_off_are_those_of_the_raw_data() -> No
     assert table("performance.md", "### With dropout") == rows
 
 
+def test_steps_of_other_shapes_are_those_of_the_raw_data() -> None:
+    rows = []
+    names = ("speed", "large-batch", "small", "long", "eager", "medium", "medium-gelu-new")
+    for found in (raw(f"nanogpt-speed/{name}.json") for name in names):
+        model = found["model"]
+        for row in found["rows"]:
+            rows.append(
+                [
+                    *(str(model["n_layers"]), f"{row['batch']} x {model['context_length']:,}"),
+                    *(model["activation"], row["way"], f"{statistics.median(row['ms']):.1f}"),
+                    f"{row['tokens_per_second'] / 1e3:.0f}",
+                    f"{row['peak_bytes'] / 2**30:.1f}",
+                    f"{row['first_step_seconds']:.0f}",
+                ]
+            )
+    assert table("performance.md", "### Other shapes") == rows
+
+
 def test_losses_beside_nanogpt_are_those_of_the_raw_data() -> None:
     found = raw("nanogpt-loss/loss.json")
     claim = found["claims"]["final"]
