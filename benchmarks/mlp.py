@@ -47,7 +47,7 @@ from flashgpt.train.record import versions
 
 CUTS = (
     CUT,
-    Cut(128, 128, 64, 4, 3),
+    Cut(128, 128, 64, 8, 3),
     Cut(64, 128, 64, 4, 3),
     Cut(64, 256, 64, 4, 2),
     Cut(128, 256, 64, 8, 3),

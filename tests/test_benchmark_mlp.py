@@ -41,7 +41,7 @@ def test_every_way_is_measured_and_held_to_fp32(
 ) -> None:
     status, record = run()
     assert status == 0
-    cuts = ["triton 128 128 64 8 3", "triton 64 64 32 4 2"]
+    cuts = ["triton 128 128 64 4 3", "triton 64 64 32 4 2"]
     found = [(row["gelu"], row["part"], row["way"]) for row in record["rows"]]
     assert found == [
         (form, part, way)

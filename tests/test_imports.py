@@ -52,6 +52,7 @@ NEED_TRITON = {
     "flashgpt.attention.triton_keys",
     "flashgpt.attention.triton_launch",
     "flashgpt.generation.triton_attend",
+    "flashgpt.generation.triton_dot",
     "flashgpt.generation.triton_sample",
     "flashgpt.generation.triton_step",
     "flashgpt.model.triton_loss",

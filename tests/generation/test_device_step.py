@@ -87,11 +87,11 @@ def results(logits: Tensor, cache: KVCache, held: int) -> list[Tensor]:
         ([0], 47, {"emb_dim": 36, "n_heads": 3}),  # the last there is room for
         ([0, 5], 21, {"qkv_bias": True}),
         ([0, 17, 1], 40, {"emb_dim": 20, "n_heads": 1}),  # a part that holds no text
-        ([0, 3, 0, 1, 2, 0, 0, 5, 9], 33, {}),  # through tensor cores
+        ([0, 3, 0, 1, 2, 0, 9], 33, {}),  # through tensor cores
         ([0, 3, 0, 1, 2, 0], 21, {"emb_dim": 36, "n_heads": 3, "qkv_bias": True}),
         ([0, 3, 0, 1, 2], 15, {"activation": "gelu"}),  # so, with attention in parts
-        ([0, 1, 2] * 7, 33, {}),  # by PyTorch's products
-        ([0, 1, 2] * 7, 33, {"n_heads": 1}),  # so, with attention in parts
+        ([0, 3, 0, 1, 2, 0, 0, 5, 9], 33, {}),  # by PyTorch's products
+        ([0, 3, 0, 1, 2, 0, 0, 5], 33, {"n_heads": 1}),  # so, with attention in parts
     ],
 )
 def test_logits_and_cache_err_no_more_than_the_models_own(
@@ -102,14 +102,14 @@ def test_logits_and_cache_err_no_more_than_the_models_own(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if DEVICE == "cpu" and dtype == torch.float16 and held not in (15, 21, 33):
+    if DEVICE == "cpu" and dtype == torch.float16 and held not in (15, 21):
         pytest.skip("in the interpreter fp32 will do")
     room, texts = 48, len(pads)
     monkeypatch.setattr(triton_attend, "KEYS", 16)
     monkeypatch.setattr(triton_attend, "KEYS_WHOLE", 8)
-    monkeypatch.setattr(device_step, "FULL", 25 if texts == 21 else 14)
+    monkeypatch.setattr(device_step, "FULL", 14)
     monkeypatch.setattr(triton_step, "TILE", 512)  # many programs
-    monkeypatch.setattr(triton_dot, "MOST_TEXTS", 20)
+    monkeypatch.setattr(triton_dot, "MOST_TEXTS", 7)
     model = make_model(context_length=room, **shape).to(DEVICE, dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

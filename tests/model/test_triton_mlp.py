@@ -187,24 +187,22 @@ from flashgpt.model.triton_mlp import CUT, _linear_gelu, _matmul_dgelu
 
 m, f, d = CUT[:3]
 half = (m, f // 2)
-for kind in ("bf16", "fp16"):
-    for kernel, shapes, last in (
-        (_linear_gelu, dict(X=(m, d), W=(f, d), Bias=kind, Act=(m, f), Pre=(m, f)), "Bias"),
-        (_matmul_dgelu, dict(Dout=(m, d), W=(d, f), Pre=half, Dpre=half, Sums="fp32"), "Sums"),
-    ):
-        for tanh in (False, True):
-            constants = dict(m=m, f=f, d=d, TANH=tanh)
-            signature = {
-                name: "*" + shape if isinstance(shape, str) else f"tensordesc<{kind}{list(shape)}>"
-                for name, shape in shapes.items()
-            }
-            signature |= dict(D="i32", F="i32", **dict.fromkeys(constants, "constexpr"))
-            places = [list(signature).index(name) for name in (last, "D", "F")]
-            attributes = {(i,): [["tt.divisibility", 16]] for i in places}
-            source = ASTSource(kernel, signature, constants, attributes)
-            options = dict(num_warps=CUT.warps, num_stages=CUT.stages)
-            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-            print(made.metadata.shared, made.asm["ptx"].count("wgmma.mma_async"))
+for kernel, shapes, last in (
+    (_linear_gelu, dict(X=(m, d), W=(f, d), Bias="bf16", Act=(m, f), Pre=(m, f)), "Bias"),
+    (_matmul_dgelu, dict(Dout=(m, d), W=(d, f), Pre=half, Dpre=half, Sums="fp32"), "Sums"),
+):
+    constants = dict(m=m, f=f, d=d, TANH=False)
+    signature = {
+        name: "*" + shape if isinstance(shape, str) else f"tensordesc<bf16{list(shape)}>"
+        for name, shape in shapes.items()
+    }
+    signature |= dict(D="i32", F="i32", **dict.fromkeys(constants, "constexpr"))
+    places = [list(signature).index(name) for name in (last, "D", "F")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in places}
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = dict(num_warps=CUT.warps, num_stages=CUT.stages)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    print(made.metadata.shared, made.asm["ptx"].count("wgmma.mma_async"))
 """
 
 
@@ -220,6 +218,6 @@ def test_two_programs_fit_a_multiprocessor_of_hopper(tmp_path: Path) -> None:
     )
     assert found.returncode == 0, found.stderr
     lines = [tuple(map(int, line.split())) for line in found.stdout.splitlines()]
-    assert len(lines) == 8
+    assert len(lines) == 2
     for shared, products in lines:
         assert 2 * (shared + 1024) <= 228 * 1024 and products
