@@ -102,6 +102,15 @@ def packs(model: GPTModel) -> bool:
     return cpu and all(hasattr(torch.ops.mkldnn, name) for name in ONEDNN)
 
 
+def packs_prompts() -> bool:
+    """Whether packed products are faster for a thousand rows too.
+
+    All of GPT-2 124M, ms as they are and packed: with AVX-512 1,935 and 1,541, with AVX2 1,939 and
+    2,050, where packing takes 350 more.
+    """
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 class Norm:
     """LayerNorm of the last dimension."""
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from flashgpt.generation import device_step, prompt
 from flashgpt.generation.cache import KVCache, Source, gather
-from flashgpt.generation.forward import Forward, packs, weights_of
+from flashgpt.generation.forward import Forward, packs, packs_prompts, weights_of
 from flashgpt.model.gpt2 import GPTModel
 
 # What makes up for packing a model's matrices: tokens to be drawn, or of prompts at a time.
-LEAST_TOKENS, LEAST_PROMPT = 32, 512
+LEAST_TOKENS, LEAST_PROMPT = 40, 512
 
 Reason = Literal["eos", "stop", "length", "context"]
 
@@ -154,7 +154,7 @@ class Logits:
             one = prompt.pass_for(self._model, self.weights, len(ids[0]))
             if one is not None:
                 return one(ids[0], cache)
-        fast = self._faster(len(ids) * len(ids[0]) >= LEAST_PROMPT)
+        fast = self._faster(packs_prompts() and len(ids) * len(ids[0]) >= LEAST_PROMPT)
         return self._forward(ids, pads, cache, fast)
 
     def _step(self, rows: Sequence[Row], cache: KVCache) -> Tensor:
