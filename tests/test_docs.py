@@ -318,6 +318,22 @@ def test_speeds_of_several_gpus_are_those_of_the_raw_data() -> None:
     assert table("scaling.md", "On two H100s") == rows
 
 
+def test_what_is_said_of_cut_models_and_of_fp32_gathers_is_measured() -> None:
+    page = (ROOT / "docs/scaling.md").read_text()
+    before = {row["way"]: row for row in raw("scaling/cut.json")["rows"]}
+    now = {row["way"]: row for row in raw("scaling/scaling.json")["rows"]}
+    cut, in_fp32 = before["ddp"], before["fsdp-fp32-gather"]
+    pairs = zip(in_fp32["losses"], now["blocks"]["losses"], strict=True)
+    assert max(abs(a - b) for a, b in pairs) < 2e-5
+    for text in (
+        f"{statistics.median(cut['ms']):.1f} ms a step",
+        f"{cut['speedup']:.2f} times one",
+    ):
+        assert text in page
+    assert f"{in_fp32['speedup']:.2f} times one GPU in a call" in page
+    assert f"bf16 was {before['fsdp']['speedup']:.2f}" in page
+
+
 @pytest.mark.parametrize(
     ("folder", "heading", "batches"),
     [
@@ -343,6 +359,12 @@ def test_speeds_of_writing_are_those_of_the_raw_data(
         for batch in batches
     ]
     assert table("generation.md", heading) == rows
+    first = {row["way"]: row["ms"] for row in raw(f"{folder}/generate.json")["first"]}
+    page = (ROOT / "docs/generation.md").read_text()
+    if folder == "generate-cpu":
+        assert f"comes after {first['ours'] / 1e3:.2f} s" in page
+    else:
+        assert f"comes after {first['ours']:.2f} ms (Hugging Face {first['dynamic']:.2f}" in page
     if folder == "generate-h100":
         readme = (ROOT / "README.md").read_text()
         assert all(text in readme for text in (rows[0][1], rows[2][1], rows[0][4], rows[2][3]))
