@@ -17,7 +17,9 @@ multiples of 8 (below 8, the powers of two), found by trying; at most 9 are trie
 Time is the median over rounds of several steps each. Memory is the most that torch allocates, with
 weights and optimizer; of a graph what torch reserves, which each row has as `reserved_bytes`.
 Ratios compare with each of nanoGPT's ways of the same batch (or of fit) and dropout: tokens per
-second over its tokens per second, peak over its peak.
+second over its tokens per second, peak over its peak. With --profile more steps run under
+PyTorch's profiler, and each row has the milliseconds of its step by part
+(flashgpt/measure/step_parts.py) and, on CUDA, by kernel.
 
 A way that runs out of memory is reported, and the others go on; any other failure of ours ends
 with status 1. Writes speed.json after each row (on the CPU after each batch), prints a table and,
@@ -46,8 +48,9 @@ from benchmarks.fit import fit
 from benchmarks.nanogpt_ways import GRAPH, PEERS, WAYS, Ready, peak, release, repeated, start, wait
 from flashgpt.attention.measured import device_name
 from flashgpt.config import PRESETS, GPTConfig
-from flashgpt.measure import failure, memory_model
+from flashgpt.measure import failure, memory_model, step_parts
 from flashgpt.measure.clock import Call, alternate, milliseconds
+from flashgpt.measure.step_parts import PARTS
 from flashgpt.train import runtime
 from flashgpt.train.checkpoint import write_json
 from flashgpt.train.record import versions
@@ -56,6 +59,7 @@ SHAPES = {"small": "gpt2", "medium": "gpt2-medium", "large": "gpt2-large"}
 SIZES = {"layers": "n_layers", "heads": "n_heads", "width": "emb_dim"}
 FIT = "fit"  # the batch that is the largest to fit
 WARM_UP = 3  # steps between the first one and those that are timed
+PROFILED = 3  # steps
 
 Row = dict[str, Any]
 
@@ -80,6 +84,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ways", nargs="+", choices=WAYS, default=WAYS[:2] + WAYS[3:5], help="what is measured")
     add("--rounds", type=int, default=5, help="rounds of each way (5)")
     add("--steps", type=int, default=10, help="steps of a round (10)")
+    add("--profile", action="store_true", help="where the milliseconds of each way go")
     out = Path(__file__).parent / "nanogpt-speed"
     add("--out", type=Path, default=out, help="folder of the result")
     wanted = parser.parse_args(argv)
@@ -170,7 +175,7 @@ class Bench:
         row["peak_bytes"] = peak(ready, self.device)
         if self.device.type == "cuda":
             row["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
-        row["ms"] = ms
+        self._timed(row, ms, ready)
 
     def _in_turns(self, rows: Sequence[Row], p: float, batch: int) -> None:
         """Measures ways that are held together."""
@@ -187,8 +192,15 @@ class Bench:
         calls = {way: repeated(made.step, self.wanted.steps) for way, made in ready.items()}
         times = alternate(calls, self.wanted.rounds, self._timer, seconds=math.inf)
         for way, ms in times.items():
-            by_way[way]["ms"] = ms
+            self._timed(by_way[way], ms, ready[way])
         release(self.device)
+
+    def _timed(self, row: Row, ms: list[float], ready: Ready) -> None:
+        row["ms"] = ms
+        if self.wanted.profile:
+            call, median = repeated(ready.step, PROFILED), statistics.median(ms)
+            profile = step_parts.profile(call, PROFILED, self.device, median)
+            row["profile"] = dataclasses.asdict(profile)
 
     def _started(self, row: Row, p: float) -> Ready:
         """A way after its warm-up."""
@@ -249,6 +261,12 @@ def show(record: dict[str, Any], base: str) -> None:
     )
     for row in record["rows"]:
         print(line(row, base))
+    profiled = [row for row in record["rows"] if "profile" in row]
+    if profiled:
+        print(f"\n{'milliseconds of a step':<32}" + "".join(f"{name:>11}" for name in PARTS))
+    for row in profiled:
+        parts = "".join(f"{ms:>11.2f}" for ms in row["profile"]["parts"].values())
+        print(f"{row['way']:<17} {row['dropout']:>7g} {row['batch']:>6}{parts}")
     cfg, made = record["model"], record["machine"]
     print(
         f"speed (tokens/s) and memory as parts of {base}'s of the same dropout and batch; "

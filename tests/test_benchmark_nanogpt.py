@@ -24,6 +24,7 @@ from benchmarks import nanogpt_loss as loss
 from benchmarks import nanogpt_speed as speed
 from flashgpt.config import GPTConfig
 from flashgpt.measure import failure
+from flashgpt.measure.step_parts import PARTS
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.train import graph
 
@@ -192,6 +193,21 @@ def test_speed_is_measured_beside_each_of_nanogpts_ways(
     assert "made" in printed.err.splitlines() and "made" not in lines  # nanoGPT's own words
     assert [row["way"] for row in json.loads(lines[-1])["rows"]] == ways * 4
     assert [line.split()[0] for line in lines[-15:-3]] == ways * 4
+
+
+def test_a_profile_says_where_a_step_goes(
+    run_speed: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, record = run_speed("--ways", "nanogpt-eager", "ours-eager", "--profile")
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("milliseconds of a step"))
+    assert lines[start].split()[-len(PARTS) :] == list(PARTS)
+    for row, line in zip(record["rows"], lines[start + 1 :], strict=False):
+        parts = row["profile"]["parts"]
+        assert sum(parts.values()) == pytest.approx(sorted(row["ms"])[1])
+        assert parts["products"] > 0 < parts["optimizer"]
+        assert line.split()[0] == row["way"] and line.split()[3] == f"{parts['products']:.2f}"
+        assert row["profile"]["kernels"] == []  # which are a GPU's
 
 
 def test_compiled_ways_are_compiled_and_standard_attention_is_standard(

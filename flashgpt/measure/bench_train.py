@@ -301,7 +301,7 @@ def _row(
     named = contextlib.nullcontext() if variant.compiled else step_parts.modules_in_trace()
     with named:
         profiled = _repeated(ready.plain, PROFILED)
-        parts = step_parts.milliseconds(profiled, PROFILED, setup.device, ms)
+        parts = step_parts.profile(profiled, PROFILED, setup.device, ms).parts
     return Row(
         **vars(variant),
         kernels=ready.kernels,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -57,27 +58,57 @@ def part(path: str) -> str:
     return next((name for name, pattern in _RULES if pattern.search(path)), "other")
 
 
-def milliseconds(
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Where the milliseconds of one step go.
+
+    Attributes:
+        parts: by part, which add up to the step.
+        kernels: on CUDA by kernel or copy, the longest first: `kernel`, `ms` in all, `launches`.
+    """
+
+    parts: dict[str, float]
+    kernels: list[dict[str, Any]]
+
+
+def profile(
     call: Callable[[], object], steps: int, device: torch.device, measured: float
-) -> dict[str, float]:
-    """Profiles a call of some steps; the parts of one, which add up to the measured milliseconds.
+) -> Profile:
+    """Profiles a call of some steps.
 
     The profiler slows the host down, so on the CPU all parts are scaled. On CUDA the times of
     kernels are true, and what they leave of the step is idle: `other`.
+
+    Args:
+        measured: milliseconds of a step without the profiler.
     """
 
     def whole() -> None:
         with torch.profiler.record_function("steps"):
             call()
 
-    found = by_part(trace(whole, device), device)
+    events = trace(whole, device)
+    found = by_part(events, device)
     total = sum(found.values()) / steps
     slower = total / measured
     if device.type == "cuda":
         slower = max(slower, 1.0)
     parts = {name: ms / steps / slower for name, ms in found.items()}
     parts["other"] += measured - sum(parts.values())
-    return parts
+    return Profile(parts, by_kernel(events, steps))
+
+
+def by_kernel(events: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """Milliseconds and launches a step of each kernel or copy, the longest first."""
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    for event in events:
+        if event.get("cat") in DEVICE:
+            found[event["name"]].append(event["dur"] / 1e3)
+    rows = [
+        {"kernel": name, "ms": sum(ms) / steps, "launches": len(ms) / steps}
+        for name, ms in found.items()
+    ]
+    return sorted(rows, key=lambda row: -float(row["ms"]))
 
 
 def by_part(events: list[dict[str, Any]], device: torch.device) -> dict[str, float]:

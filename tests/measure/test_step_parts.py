@@ -12,7 +12,7 @@ import torch
 
 from flashgpt.config import GPTConfig
 from flashgpt.measure import step_parts
-from flashgpt.measure.step_parts import MEANING, PARTS, RULES, by_part, milliseconds, part
+from flashgpt.measure.step_parts import MEANING, PARTS, RULES, by_kernel, by_part, part, profile
 from flashgpt.measure.train_variants import ON, Variant, build
 from flashgpt.train.bare import UPDATE
 
@@ -137,6 +137,19 @@ def test_on_cuda_kernels_count_by_what_launched_them() -> None:
     assert by_part(events, CUDA) == pytest.approx(dict.fromkeys(PARTS, 0) | expected)
 
 
+def test_kernels_are_listed_by_their_time_in_a_step() -> None:
+    events = [
+        event("cpu_op", "aten::mm", 0, 9000),
+        event("kernel", "nvjet", 0, 1000),
+        event("kernel", "nvjet", 2000, 2000),
+        event("gpu_memset", "Memset (Device)", 5000, 4000),
+    ]
+    assert by_kernel(events, 2) == [
+        {"kernel": "Memset (Device)", "ms": 2.0, "launches": 0.5},
+        {"kernel": "nvjet", "ms": 1.5, "launches": 1.0},
+    ]
+
+
 @pytest.mark.parametrize(
     ("device", "measured", "products", "other"),
     [
@@ -155,7 +168,7 @@ def test_parts_add_up_to_the_measured_step(
     cats = ("cpu_op", "cpu_op") if device == CPU else ("kernel", "kernel")
     events = [event(cats[0], "aten::mm/gemm", 0, 12000), event(cats[1], "x", 13000, 8000)]
     monkeypatch.setattr(step_parts, "trace", lambda call, device: events)
-    found = milliseconds(lambda: None, 2, device, measured)
+    found = profile(lambda: None, 2, device, measured).parts
     assert sum(found.values()) == pytest.approx(measured)
     assert found["products"] == pytest.approx(products)
     assert found["other"] == pytest.approx(other)
@@ -168,7 +181,7 @@ def test_a_real_step_has_all_parts(dropout: float) -> None:
     ids = torch.randint(96, (2, 16))
     step(ids, ids)
     with step_parts.modules_in_trace():
-        found = milliseconds(lambda: step(ids, ids), 1, CPU, 10.0)
+        found = profile(lambda: step(ids, ids), 1, CPU, 10.0).parts
     assert tuple(found) == PARTS and all(ms > 0 for ms in found.values())
     assert sum(found.values()) == pytest.approx(10.0)
     assert not torch.nn.modules.module._global_forward_hooks
