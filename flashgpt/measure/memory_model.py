@@ -54,7 +54,8 @@ class Memory:
         weights, gradients, moments: fp32; of FSDP this GPU's share.
         copies: bf16 weights for the products; of FSDP those that are gathered.
         activations: kept for the backward pass.
-        loss: a chunk of logits, the head's gradient, gradient of the last activations.
+        loss: a chunk of logits, the head's gradient, gradient of the last activations; where blocks
+            are recomputed, one's activations instead, if they are more.
     """
 
     weights: float
@@ -80,28 +81,30 @@ def predict(cfg: GPTConfig, rows: int, *, recompute: bool, accumulates: bool = T
             micro-batch of a step on.
     """
     state = FP32 * parameters(cfg)
+    tokens, loss = rows * cfg.context_length, loss_bytes(cfg, rows)
     return Memory(
         weights=state,
         gradients=state if accumulates else 0,
         moments=MOMENTS * state,
         copies=BF16 * parameters(cfg),
         activations=activation_bytes(cfg, rows, recompute=recompute),
-        loss=loss_bytes(cfg, rows),
+        loss=max(loss, tokens * _block_bytes(cfg)) if recompute else loss,
     )
 
 
 def activation_bytes(cfg: GPTConfig, rows: int, *, recompute: bool) -> float:
     """What a forward pass in bf16 keeps for the backward pass, fused attention on.
 
-    With `recompute` blocks keep their input, and one at a time all it needs.
+    With `recompute` blocks keep their input.
     """
-    block = BF16 * KEPT_WIDTHS * cfg.emb_dim + FP32 * cfg.n_heads  # a token; lse in fp32
+    kept = cfg.n_layers * (BF16 * cfg.emb_dim if recompute else _block_bytes(cfg))
     last = 2 * BF16 * cfg.emb_dim  # around the last LayerNorm
-    if recompute:
-        kept = cfg.n_layers * BF16 * cfg.emb_dim + block
-    else:
-        kept = cfg.n_layers * block
     return float(rows * cfg.context_length * (kept + last))
+
+
+def _block_bytes(cfg: GPTConfig) -> int:
+    """What a block keeps of a token; log-sum-exps in fp32."""
+    return BF16 * KEPT_WIDTHS * cfg.emb_dim + FP32 * cfg.n_heads
 
 
 def loss_bytes(cfg: GPTConfig, rows: int) -> float:

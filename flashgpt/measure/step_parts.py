@@ -35,7 +35,7 @@ MEANING = {
 # (triton_per_fused_add_native_layer_norm_3); those of cuBLAS begin with nvjet on Hopper.
 RULES: tuple[tuple[str, str], ...] = (
     ("optimizer", re.escape(UPDATE)),
-    ("products", r"\bflashgpt::(linear_gelu|matmul_dgelu)"),
+    ("products", r"\bflashgpt::(linear_gelu|linear_of_gelu|matmul_dgelu)"),
     ("attention", r"\bflashgpt::(?!linear_cross_entropy|draw_seed|dropout_keys)"),
     ("attention", r"scaled_dot_product|sdpa|fmha|flash_(fwd|bwd|attn|attention)|FlashAttention"),
     ("attention", r"aten::baddbmm|aten::bmm|fused(?!\w*log_softmax)\w*_softmax"),

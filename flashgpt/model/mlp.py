@@ -6,7 +6,13 @@
 Done apart, GELU reads and writes more memory than all else between the products of a block. Here
 one operator is the first line up to act, another one dpre. On CUDA GELU in its tanh form is
 cuBLASLt's (cublaslt.py), which has no other, and the exact one Triton's (triton_mlp.py), with the
-gradient of b1 in it. All other products are PyTorch's, so that a compiler sees them.
+gradient of b1 in it.
+
+For autograd the gradient of `out` goes to `pre` at once, past `act`: so the two operators of the
+forward pass are `linear_gelu`, with gradients from `pre` alone, and `linear_of_gelu`, which takes
+`pre` and b1 along for theirs. They are operators, not an autograd.Function in the model, for where
+blocks are recomputed the compiler of torch 2.11 keeps what such a one saves. All products of the
+backward pass but dpre are PyTorch's, so that a compiler sees them.
 
 Legend: M rows (batch times positions), D model width, F inner width.
 """
@@ -31,9 +37,14 @@ HOPPER = 9
 
 LIBRARY = torch.library.Library("flashgpt", "FRAGMENT")
 LIBRARY.define("linear_gelu(Tensor x, Tensor weight, Tensor bias, bool tanh) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "linear_of_gelu(Tensor act, Tensor pre, Tensor bias_of_pre, Tensor weight, Tensor bias,"
+    " bool tanh) -> Tensor"
+)
 LIBRARY.define("matmul_dgelu(Tensor dout, Tensor weight, Tensor pre) -> Tensor")
 LIBRARY.define("matmul_dgelu_sum(Tensor dout, Tensor weight, Tensor pre) -> (Tensor, Tensor)")
 _linear_gelu = torch.ops.flashgpt.linear_gelu.default
+_linear_of_gelu = torch.ops.flashgpt.linear_of_gelu.default
 _matmul_dgelu = torch.ops.flashgpt.matmul_dgelu.default
 _matmul_dgelu_sum = torch.ops.flashgpt.matmul_dgelu_sum.default
 
@@ -76,28 +87,59 @@ def _capability(device: int) -> int:
 
 def feed_forward(x_BTD: Tensor, fc: nn.Linear, gelu: nn.GELU, proj: nn.Linear) -> Tensor:
     """proj(gelu(fc(x))), in the dtype of products. Differentiable once."""
-    dtype = precision.of_products(x_BTD)
+    dtype, tanh = precision.of_products(x_BTD), gelu.approximate == "tanh"
     weights = (fc.weight, fc.bias, proj.weight, proj.bias)
-    x_MD, *cast = (t.to(dtype) for t in (x_BTD.flatten(0, -2), *weights))
-    out: Tensor = _FeedForward.apply(x_MD, *cast, gelu.approximate == "tanh")  # type: ignore[no-untyped-call]
-    return out.view(x_BTD.shape)
+    x_MD, w1_FD, b1_F, w2_DF, b2_D = (t.to(dtype) for t in (x_BTD.flatten(0, -2), *weights))
+    act_MF, pre_MF = _linear_gelu(x_MD, w1_FD, b1_F, tanh)
+    out_MD: Tensor = _linear_of_gelu(act_MF, pre_MF, b1_F, w2_DF, b2_D, tanh)
+    return out_MD.view(x_BTD.shape)
 
 
-class _FeedForward(torch.autograd.Function):
+class _LinearGelu(torch.autograd.Function):
+    """`linear_gelu`, with gradients of x and weight from that of pre; `linear_of_gelu` has the
+    bias's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_MD: Tensor, w_FD: Tensor, b_F: Tensor, tanh: bool
+    ) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            act_MF, pre_MF = _linear_gelu(x_MD, w_FD, b_F, tanh)
+        ctx.save_for_backward(x_MD, w_FD)
+        ctx.mark_non_differentiable(act_MF)
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+        return act_MF, pre_MF
+
+    @staticmethod
+    def backward(
+        ctx: Any, _: Tensor | None, dpre_MF: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x_MD, w_FD = ctx.saved_tensors
+        need_x, need_w, *_ = ctx.needs_input_grad
+        if dpre_MF is None:
+            return None, None, None, None
+        dx_MD = dpre_MF @ w_FD if need_x else None
+        return dx_MD, dpre_MF.t() @ x_MD if need_w else None, None, None
+
+
+class _LinearOfGelu(torch.autograd.Function):
+    """`linear_of_gelu` with its gradients; a second derivative is refused."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        x_MD: Tensor,
-        w1_FD: Tensor,
+        act_MF: Tensor,
+        pre_MF: Tensor,
         b1_F: Tensor,
         w2_DF: Tensor,
         b2_D: Tensor,
         tanh: bool,
     ) -> Tensor:
-        act_MF, pre_MF = _linear_gelu(x_MD, w1_FD, b1_F, tanh)
+        with torch._C._AutoDispatchBelowAutograd():
+            out_MD: Tensor = _linear_of_gelu(act_MF, pre_MF, b1_F, w2_DF, b2_D, tanh)
+        ctx.save_for_backward(act_MF, pre_MF, w2_DF)
         ctx.tanh = tanh
-        ctx.save_for_backward(x_MD, w1_FD, w2_DF, act_MF, pre_MF)
-        return torch.addmm(b2_D, act_MF, w2_DF.t())
+        return out_MD
 
     @staticmethod
     def backward(ctx: Any, dout_MD: Tensor) -> tuple[Tensor | None, ...]:
@@ -105,19 +147,18 @@ class _FeedForward(torch.autograd.Function):
             raise RuntimeError(
                 "the fused feed-forward layer has no second derivative; in fp32 it is not fused"
             )
-        x_MD, w1_FD, w2_DF, act_MF, pre_MF = ctx.saved_tensors
-        need_x, need_w1, need_b1, need_w2, need_b2, _ = ctx.needs_input_grad
-        dx_MD = dw1_FD = db1_F = None
-        if need_x or need_w1 or need_b1:
+        act_MF, pre_MF, w2_DF = ctx.saved_tensors
+        _, need_pre, need_b1, need_w2, need_b2, _ = ctx.needs_input_grad
+        dpre_MF = db1_F = None
+        if need_pre or need_b1:
             if ctx.tanh:
                 dpre_MF = _matmul_dgelu(dout_MD, w2_DF, pre_MF)
                 db1_F = dpre_MF.sum(0) if need_b1 else None
             else:
                 dpre_MF, db1_F = _matmul_dgelu_sum(dout_MD, w2_DF, pre_MF)
-            dx_MD = dpre_MF @ w1_FD if need_x else None
-            dw1_FD = dpre_MF.t() @ x_MD if need_w1 else None
         dw2_DF = dout_MD.t() @ act_MF if need_w2 else None
-        return dx_MD, dw1_FD, db1_F, dw2_DF, dout_MD.sum(0) if need_b2 else None, None
+        db2_D = dout_MD.sum(0) if need_b2 else None
+        return None, dpre_MF, db1_F, dw2_DF, db2_D, None
 
 
 def _linear_gelu_plain(
@@ -125,6 +166,12 @@ def _linear_gelu_plain(
 ) -> tuple[Tensor, Tensor]:
     pre_MF = torch.addmm(b_F, x_MD, w_FD.t())
     return F.gelu(pre_MF, approximate="tanh" if tanh else "none"), pre_MF
+
+
+def _linear_of_gelu_plain(
+    act_MF: Tensor, pre_MF: Tensor, b1_F: Tensor, w2_DF: Tensor, b2_D: Tensor, tanh: bool
+) -> Tensor:
+    return torch.addmm(b2_D, act_MF, w2_DF.t())
 
 
 def _matmul_dgelu_plain(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> Tensor:
@@ -195,10 +242,14 @@ def _matmul_dgelu_sum_fake(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> tup
 
 LIBRARY.impl("linear_gelu", _linear_gelu_plain, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_gelu", _linear_gelu_cuda, "CUDA")
+LIBRARY.impl("linear_gelu", _LinearGelu.apply, "Autograd")
+LIBRARY.impl("linear_of_gelu", _linear_of_gelu_plain, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_of_gelu", _LinearOfGelu.apply, "Autograd")
 LIBRARY.impl("matmul_dgelu", _matmul_dgelu_plain, "CompositeExplicitAutograd")
 LIBRARY.impl("matmul_dgelu", _matmul_dgelu_cuda, "CUDA")
 LIBRARY.impl("matmul_dgelu_sum", _matmul_dgelu_sum_plain, "CompositeExplicitAutograd")
 LIBRARY.impl("matmul_dgelu_sum", _matmul_dgelu_sum_cuda, "CUDA")
 torch.library.register_fake("flashgpt::linear_gelu", _linear_gelu_fake, lib=LIBRARY)
+torch.library.register_fake("flashgpt::linear_of_gelu", _linear_of_gelu_plain, lib=LIBRARY)
 torch.library.register_fake("flashgpt::matmul_dgelu", _matmul_dgelu_fake, lib=LIBRARY)
 torch.library.register_fake("flashgpt::matmul_dgelu_sum", _matmul_dgelu_sum_fake, lib=LIBRARY)

@@ -95,8 +95,10 @@ def test_operators_keep_pytorchs_rules(device: str) -> None:
 
     operators, operands = torch.ops.flashgpt, some((5, 8), (8, 16), (5, 16))
     for tanh in (False, True):
-        forward = (*some((5, 8), (16, 8), (16,)), tanh)
-        torch.library.opcheck(operators.linear_gelu.default, forward)
+        forward = [t.requires_grad_() for t in some((5, 8), (16, 8), (16,))]
+        torch.library.opcheck(operators.linear_gelu.default, (*forward, tanh))
+        after = [t.requires_grad_() for t in some((5, 16), (5, 16), (16,), (8, 16), (8,))]
+        torch.library.opcheck(operators.linear_of_gelu.default, (*after, tanh))
     torch.library.opcheck(operators.matmul_dgelu.default, operands)
     torch.library.opcheck(operators.matmul_dgelu_sum.default, operands)
 
