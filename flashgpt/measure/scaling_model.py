@@ -32,12 +32,17 @@ GPUS = (1, 2, 8, 64, 1024)
 MOST_ROWS = 64  # sequences in a micro-batch: past that a GPU gets no faster
 BACKWARD_SHARE = 2 / 3  # of a step's arithmetic
 GATHERED_BLOCKS = 2  # of FSDP2: the one at work and the next
+BLOCKWISE = 1.025  # step of a model compiled block by block, as FSDP2 has it, to one compiled whole
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The GPUs that are assumed, and what joins them; the defaults are data sheets of H100s."""
+    """The GPUs that are assumed, and what joins them: H100s.
+
+    Memory, peak and network are of data sheets. The utilization is what GPT-2 124M reaches on one,
+    the bandwidth in a machine what NCCL reached between two (docs/scaling.md).
+    """
 
     memory_gib: Annotated[float, Doc("memory of a GPU (GiB)")] = 79.0
     tflops: Annotated[float, Doc("peak of a GPU in bf16 (TFLOP/s)")] = 989.4
@@ -45,7 +50,7 @@ class Cluster:
     node_gpus: Annotated[int, Doc("GPUs in one machine")] = 8
     node_bandwidth: Annotated[
         float, Doc("from one GPU to others of its machine, each way (GB/s)")
-    ] = 450.0
+    ] = 200.0
     network_bandwidth: Annotated[float, Doc("from one GPU to other machines, each way (GB/s)")] = (
         50.0
     )
@@ -59,9 +64,14 @@ class Cluster:
         if self.utilization > 1:
             raise ValueError(f"cluster.utilization must be at most 1, got {self.utilization:g}")
 
+    def one_machine(self, gpus: int) -> bool:
+        """Whether so many GPUs are in one: there DDP sends when the backward pass has ended, and
+        FSDP2 gathers blocks in fp32, not in bf16."""
+        return gpus <= self.node_gpus
+
     def bandwidth(self, gpus: int) -> float:
         """Bytes per second that each of so many GPUs sends; that of the slowest link."""
-        slowest = self.node_bandwidth if gpus <= self.node_gpus else self.network_bandwidth
+        slowest = self.node_bandwidth if self.one_machine(gpus) else self.network_bandwidth
         return slowest * 1e9
 
 
@@ -119,47 +129,52 @@ def step(
     """One step: forward, backward, gradients joined, update."""
     usable = (1 - margin) * cluster.memory_gib * GIB
     rows = MOST_ROWS
-    while rows and memory(cfg, engine, gpus, rows).total > usable:
+    while rows and memory(cfg, engine, gpus, rows, cluster).total > usable:
         rows //= 2
     tokens = rows * cfg.context_length
     compute = tokens * flop_per_token(cfg) / (cluster.tflops * 1e12 * cluster.utilization)
-    sent, hideable = traffic(cfg, engine, gpus)
+    if engine == "FSDP2":
+        compute *= BLOCKWISE
+    sent, hideable = traffic(cfg, engine, gpus, cluster)
     speed = cluster.bandwidth(gpus)
     room = compute * (BACKWARD_SHARE if engine == "DDP" else 1)
     exposed = (sent - hideable) / speed + max(0.0, hideable / speed - room)
     return Prediction(
-        *(name, engine, gpus, rows, memory(cfg, engine, gpus, rows)),
+        *(name, engine, gpus, rows, memory(cfg, engine, gpus, rows, cluster)),
         *(sent, hideable, compute, sent / speed, exposed),
         gpus * tokens / (compute + exposed) if rows else 0.0,
     )
 
 
-def memory(cfg: GPTConfig, engine: Engine, gpus: int, rows: int) -> Memory:
+def memory(cfg: GPTConfig, engine: Engine, gpus: int, rows: int, cluster: Cluster) -> Memory:
     """Of one GPU. DDP's buckets are the gradients themselves (`gradient_as_bucket_view`)."""
     alone = predict(cfg, rows, recompute=False, accumulates=gpus > 1)
     if engine == "DDP" or gpus == 1:
         return alone
-    whole = root_parameters(cfg) + GATHERED_BLOCKS * block_parameters(cfg)
+    root, blocks = root_parameters(cfg), GATHERED_BLOCKS * block_parameters(cfg)
     share = FP32 * parameters(cfg) / gpus
+    gathered = FP32 * (root + (blocks if cluster.one_machine(gpus) else 0))
     return dataclasses.replace(
         alone,
         weights=share,
-        gradients=share + FP32 * whole,
+        gradients=share + FP32 * (root + blocks),
         moments=MOMENTS * share,
-        copies=BF16 * whole,
+        copies=gathered + BF16 * (root + blocks),
     )
 
 
-def traffic(cfg: GPTConfig, engine: Engine, gpus: int) -> tuple[float, float]:
+def traffic(cfg: GPTConfig, engine: Engine, gpus: int, cluster: Cluster) -> tuple[float, float]:
     """Bytes that each GPU sends in a step of one micro-batch, and those that can be hidden.
 
     By rings (Patarasuk and Yuan 2009): of n GPUs each sends (n - 1) / n of a tensor that is
     gathered or scattered, twice that of one which is added up everywhere.
     """
-    part = (gpus - 1) / gpus
+    part, near = (gpus - 1) / gpus, cluster.one_machine(gpus)
     root, blocks = root_parameters(cfg), cfg.n_layers * block_parameters(cfg)
     if engine == "DDP":
-        # With tied weights the embedding's gradient is complete when backward has ended.
-        return 2 * part * FP32 * (root + blocks), 2 * part * FP32 * blocks
-    in_blocks = part * (2 * BF16 + FP32) * blocks  # gathered for forward, for backward; scattered
-    return in_blocks + part * (BF16 + FP32) * root, in_blocks
+        # In one machine gradients are sent when all are there. With tied weights the embedding's
+        # is complete when backward has ended.
+        return 2 * part * FP32 * (root + blocks), 0.0 if near else 2 * part * FP32 * blocks
+    # Gathered for forward, for backward; scattered. The root stays gathered.
+    in_blocks = part * (2 * (FP32 if near else BF16) + FP32) * blocks
+    return in_blocks + part * 2 * FP32 * root, in_blocks

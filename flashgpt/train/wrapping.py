@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from flashgpt.launch import Launch
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.train.parallel import Parallel
 
@@ -98,11 +99,12 @@ def _shard(model: GPTModel, autocast: torch.dtype | None) -> nn.Module:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(model.wte.weight.device.type, (dist.get_world_size(),))
-    # Activations stay as autocast makes them: in fp16 the residual stream would overflow. The sum
-    # of the embeddings is fp32, as in one process, and the loss casts its weight itself.
+    # Activations stay as autocast makes them: in fp16 the residual stream would overflow. Weights
+    # are gathered in fp32 and rounded where they are used, as in one process; between machines,
+    # whose network is slower, those of blocks are rounded before.
     rest = MixedPrecisionPolicy(cast_forward_inputs=False)
     in_blocks = rest
-    if autocast is not None:
+    if autocast is not None and Launch.here().machines > 1:
         in_blocks = dataclasses.replace(rest, param_dtype=autocast, reduce_dtype=torch.float32)
     for module in (*model.h, model):
         fully_shard(module, mesh=mesh, mp_policy=rest if module is model else in_blocks)

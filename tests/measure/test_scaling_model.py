@@ -6,14 +6,25 @@ pytest tests/measure/test_scaling_model.py
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flashgpt.config import preset
 from flashgpt.measure.memory_model import parameters
-from flashgpt.measure.scaling_model import Cluster, memory, step, table, traffic
+from flashgpt.measure.scaling_model import (
+    ENGINES,
+    Cluster,
+    Engine,
+    memory,
+    step,
+    table,
+    traffic,
+)
 
+ROOT_FOLDER = Path(__file__).parents[2]
 GPT2 = preset("gpt2")
 P = 124_439_808
 ROOT = (50257 + 1024 + 2) * 768
@@ -22,23 +33,25 @@ STANDARD = Cluster()
 
 def test_what_each_gpu_sends_is_counted_by_hand() -> None:
     assert parameters(GPT2) == P
-    for gpus in (2, 8):
+    for gpus in (2, 8, 64):
         part = (gpus - 1) / gpus
-        sent, hideable = traffic(GPT2, "DDP", gpus)
+        sent, hideable = traffic(GPT2, "DDP", gpus, STANDARD)
         assert sent == pytest.approx(part * 8 * P)
+        assert sent - hideable == pytest.approx(part * 8 * (ROOT if gpus > 8 else P))
+        sent, hideable = traffic(GPT2, "FSDP2", gpus, STANDARD)
+        gathers = 4 if gpus > 8 else 8  # for forward and for backward, in bf16 or fp32
+        assert sent == pytest.approx(part * ((gathers + 4) * (P - ROOT) + 8 * ROOT))
         assert sent - hideable == pytest.approx(part * 8 * ROOT)
-        sent, hideable = traffic(GPT2, "FSDP2", gpus)
-        assert sent == pytest.approx(part * (8 * (P - ROOT) + 6 * ROOT))
-        assert sent - hideable == pytest.approx(part * 6 * ROOT)
-    assert traffic(GPT2, "DDP", 1) == traffic(GPT2, "FSDP2", 1) == (0, 0)
+    for engine in ENGINES:
+        assert traffic(GPT2, engine, 1, STANDARD) == (0, 0)
 
 
 def test_memory_of_fsdp_is_shared_out_and_that_of_ddp_is_not() -> None:
-    alone = memory(GPT2, "DDP", 1, 8)
+    alone = memory(GPT2, "DDP", 1, 8, STANDARD)
     assert alone.weights + alone.moments == 12 * P and alone.gradients == 0
-    ddp = memory(GPT2, "DDP", 64, 8)
+    ddp = memory(GPT2, "DDP", 64, 8, STANDARD)
     assert ddp.total == alone.total + 4 * P
-    shares = [memory(GPT2, "FSDP2", gpus, 8) for gpus in (8, 64)]
+    shares = [memory(GPT2, "FSDP2", gpus, 8, STANDARD) for gpus in (8, 64)]
     for gpus, found in zip((8, 64), shares, strict=True):
         assert found.weights == 4 * P / gpus and found.moments == 8 * P / gpus
         assert found.activations == ddp.activations and found.loss == ddp.loss
@@ -49,7 +62,7 @@ def test_what_computing_does_not_hide_is_waited_for() -> None:
     fast = step("gpt2", GPT2, "DDP", 64, STANDARD, 0.1)
     slow = step("gpt2", GPT2, "DDP", 64, dataclasses.replace(STANDARD, network_bandwidth=1.0), 0.1)
     assert fast.compute_seconds == slow.compute_seconds
-    sent, hideable = traffic(GPT2, "DDP", 64)
+    sent, hideable = traffic(GPT2, "DDP", 64, STANDARD)
     assert fast.exposed_seconds == pytest.approx((sent - hideable) / 50e9)
     assert slow.exposed_seconds == pytest.approx(sent / 1e9 - slow.compute_seconds * 2 / 3)
     assert slow.efficiency < fast.efficiency < 1
@@ -57,7 +70,25 @@ def test_what_computing_does_not_hide_is_waited_for() -> None:
         64 * 64 * 1024 / (fast.compute_seconds + fast.exposed_seconds)
     )
     near = step("gpt2", GPT2, "DDP", 8, STANDARD, 0.1)
-    assert near.communication_seconds == pytest.approx(traffic(GPT2, "DDP", 8)[0] / 450e9)
+    seconds = traffic(GPT2, "DDP", 8, STANDARD)[0] / 200e9
+    assert near.communication_seconds == near.exposed_seconds == pytest.approx(seconds)
+
+
+def test_predictions_of_one_and_two_gpus_are_what_was_measured() -> None:
+    """Memory within 5 %, speed within 10 %."""
+    found = json.loads((ROOT_FOLDER / "benchmarks/scaling/scaling.json").read_text())
+    engines: dict[str, tuple[Engine, int]] = {
+        "single": ("DDP", 1),
+        "ddp": ("DDP", 2),
+        "fsdp": ("FSDP2", 2),
+    }
+    measured = {row["way"]: row for row in found["rows"] if row["way"] in engines}
+    assert measured.keys() == engines.keys() and found["rows_per_device"] == 64
+    for way, row in measured.items():
+        predicted = step("gpt2", GPT2, *engines[way], STANDARD, 0.1)
+        assert predicted.rows == 64
+        assert predicted.memory.total == pytest.approx(row["peak_bytes"], rel=0.05)
+        assert predicted.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=0.1)
 
 
 def test_the_table_has_every_size_and_fits() -> None:

@@ -163,7 +163,10 @@ def all_runs(folder: Path, parallel: Parallel) -> Iterator[tuple[str, dict[str, 
     for wrong in (alike, rows_from_zero):
         with taking(wrong):
             yield wrong.__name__, fit(pairs, folder / wrong.__name__, ddp, double=True)
-    yield "half", seen_in_half_precision(curve, fsdp)
+    for machines in (1, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("GROUP_WORLD_SIZE", str(machines))
+            yield f"half-{machines}", seen_in_half_precision(curve, fsdp)
     yield "curve-ddp", fit(curve, folder / "curve-ddp", ddp)
     yield "curve-fsdp", fit(curve, folder / "curve-fsdp", fsdp)
     part = dataclasses.replace(curve, train=dataclasses.replace(curve.train, stop_at=35))

@@ -188,11 +188,15 @@ def test_steps_are_those_of_one_process(
     assert largest_difference(folder / "pairs", folder / f"pairs-{how}") <= 1e-7
 
 
-def test_in_shards_the_loss_sees_the_whole_weight_in_full_precision(results: Results) -> None:
-    """A plain tensor, not a DTensor, which its operator could not read; blocks in bf16."""
-    seen = results[0]["half"]
+@pytest.mark.parametrize(("machines", "gathered"), [(1, "float32"), (2, "bfloat16")])
+def test_in_shards_weights_are_seen_whole_and_in_full_precision(
+    machines: int, gathered: str, results: Results
+) -> None:
+    """Plain tensors, not DTensors, which operators of ours could not read. On several machines
+    blocks are gathered in bf16."""
+    seen = results[0][f"half-{machines}"]
     assert seen["head"] == ["Parameter", "torch.float32", [257, 32]]
-    assert seen["block"] == ["Parameter", "torch.bfloat16", [128, 32]]
+    assert seen["block"] == ["Parameter", f"torch.{gathered}", [128, 32]]
     assert seen["gradient"] == ["Tensor", "torch.float32", [257, 32]]
     assert seen["tied"]
 
