@@ -313,6 +313,10 @@ def test_where_the_milliseconds_go_is_what_the_raw_data_says() -> None:
     ):
         assert text in page
     assert left - rest < parts[0]["products"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    theirs, own = (f"{row['peak_bytes'] / 2**30:.1f} GiB" for row in rows)
+    assert f"takes {ours:.1f} ms and {own} for 65,536 tokens" in readme
+    assert f"nanoGPT's {nanogpt:.1f} ms and {theirs}" in readme
 
 
 def test_steps_beside_hugging_face_are_those_of_the_raw_data() -> None:

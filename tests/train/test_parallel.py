@@ -221,7 +221,7 @@ def test_losses_drift_no_further_than_those_of_permuted_rows(
 
 def test_every_process_sees_the_same(results: Results) -> None:
     first, second = results
-    assert len(first) == 13
+    assert len(first) == 14
     for name, found in first.items():
         for key in found:
             assert json.dumps(found[key]) == json.dumps(second[name][key]), (name, key)
