@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flashgpt.cli import main
+from flashgpt.config import PRESETS
 
 # Without a GPU, Triton kernels run in Triton's interpreter; it has to know before it is imported.
 if not torch.cuda.is_available():
@@ -113,6 +114,25 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
         return Ran(status, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def short_audit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An audit on two cases and one closed form, once; tests/attention has the rest."""
+    from flashgpt.attention import verify  # imports Triton
+
+    cases = verify.quick_cases
+    for grid in ("quick_cases", "full_cases"):
+        monkeypatch.setattr(verify, grid, lambda *kind: cases(*kind)[:2])
+    monkeypatch.setattr(verify, "SAME_KEYS", {1.0: verify.SAME_KEYS[1.0]})
+    monkeypatch.setattr(verify, "MIN_SEEDS", 1)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset `tiny`, smaller still."""
+    small = {**PRESETS["tiny"], "n_layers": 1, "emb_dim": 32, "context_length": 32}
+    monkeypatch.setitem(PRESETS, "tiny", small)
 
 
 @pytest.fixture(scope="session")

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 
+from flashgpt import orchestrator
 from flashgpt.attention import fa4, kernels, measured, verify
 from flashgpt.attention.request import Request
 from flashgpt.cli import main
 from flashgpt.config import preset
-from flashgpt.measure import scaling_model
+from flashgpt.measure import clock, scaling_model
 from flashgpt.measure.step_parts import PARTS
+from flashgpt.verbs import bench_train
 from tests.interop import stand_ins
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +101,16 @@ def own_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     kernels.choose.cache_clear()
 
 
-@pytest.mark.usefixtures("own_measurements")
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tiny: None, short_audit: None) -> None:
+    """Models of few words and layers, and a short look at how fast the device is."""
+    monkeypatch.setitem(clock.PEAK_SIZE, "cpu", 64)
+    monkeypatch.setitem(clock.MEMORY_BYTES, "cpu", 2**12)
+    monkeypatch.setattr(bench_train, "VOCAB_SIZE", 128)
+    monkeypatch.setitem(orchestrator.CFG, "n_layers", 1)
+
+
+@pytest.mark.usefixtures("own_measurements", "small")
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page.name in VERBS], ids=lambda page: page.name
 )
@@ -110,9 +121,6 @@ def test_every_command_of_a_page_works(
     capsys: pytest.CaptureFixture[str],
     trained: Any,
 ) -> None:
-    quick = verify.quick_cases
-    for grid in ("quick_cases", "full_cases"):
-        monkeypatch.setattr(verify, grid, lambda *kind: quick(*kind)[:2])
     monkeypatch.chdir(tmp_path)
     text_files(tmp_path)
     models(tmp_path, trained)

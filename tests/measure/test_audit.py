@@ -30,6 +30,11 @@ CFG: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _small(short_audit: None) -> None:
+    """All closed forms are in tests/attention/test_properties.py."""
+
+
 @pytest.fixture
 def model() -> GPTModel:
     """Weights large enough that attention matters to the logits."""

@@ -1,6 +1,6 @@
 """`flashgpt demo` from end to end, one second each. pytest tests/verbs/test_demo.py
 
-The standard library is a small part of itself here, and the grid of `verify` is cut down.
+The standard library and the model are small here, and what `verify` runs is cut down.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from flashgpt import orchestrator
-from flashgpt.attention import verify
 from flashgpt.measure import audit
 from flashgpt.toml import load_toml
 from flashgpt.train.loop import Result
@@ -26,10 +25,8 @@ FILES = {"config.toml", "metrics.jsonl", "loss.png", "samples.txt", "state.json"
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _small(tiny: None, short_audit: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    every = verify.quick_cases
-    monkeypatch.setattr(verify, "quick_cases", lambda *kind: every(*kind)[:1])
 
 
 def _summary(shown: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """`flashgpt verify`: passes here, and fails when a kernel is broken.
 
-The grid of cases is cut down; the whole one is run by tests/measure/test_audit.py.
+What is run is cut down; tests/attention judges every kernel on more.
 pytest tests/verbs/test_verify.py
 """
 
@@ -13,22 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from flashgpt import config, orchestrator
-from flashgpt.attention import kernels, verify
+from flashgpt import orchestrator
+from flashgpt.attention import kernels
 
 Cli = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    every = verify.quick_cases
-    monkeypatch.setattr(verify, "quick_cases", lambda *kind: every(*kind)[:2])
+def _small(short_audit: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orchestrator, "verification", lambda: ["PyTorch version: x"])
 
 
-def test_it_passes_and_says_what_it_did(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {**config.PRESETS["tiny"], "n_layers": 1, "emb_dim": 32, "context_length": 32}
-    monkeypatch.setitem(config.PRESETS, "tiny", small)
+def test_it_passes_and_says_what_it_did(cli: Cli, tiny: None) -> None:
     shown = cli("verify").done()
     lines = shown.splitlines()
     assert lines[0] == "PyTorch version: x"
