@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -46,6 +47,13 @@ def _no_cache_of_this_user(
         if pytestconfig.cache is not None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
             patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(pytestconfig.cache.mkdir("compiled")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_garbage_in_libraries() -> None:
+    """What was imported so far is not looked through again wherever garbage is collected."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclasses.dataclass(frozen=True)
