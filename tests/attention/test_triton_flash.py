@@ -90,12 +90,13 @@ def audit(case: Case) -> dict[str, verify.Verdict]:
         Case(1, 1, 65, 65, 16, 0.1, dtype=FP32),
         Case(1, 1, 33, 100, 16, documents=True, dtype=FP32),
         *(Case(1, 1, 33, 33, 16, values=values, dtype=FP32) for values in verify.VALUES),
-        Case(2, 2, 100, 130, 16, values=verify.SAME_KEYS[1.0], dtype=FP32),
+        Case(1, 1, 100, 130, 16, values=verify.SAME_KEYS[1.0], dtype=FP32),
     ],
     ids=str,
 )
-def test_errors_are_within_the_rule(case: Case) -> None:
+def test_errors_are_within_the_rule(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also dq where keys have much in common: no excess is known of this kernel."""
+    monkeypatch.setattr(verify, "MIN_SEEDS", 3)
     rows = audit(case)
     assert set(rows) == set(verify.TENSORS)
     assert {name: row.used for name, row in rows.items() if not row.passed} == {}
