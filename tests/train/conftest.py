@@ -9,6 +9,13 @@ import pytest
 from flashgpt.data.prepare import prepare
 from flashgpt.data.shards import TokenData
 from flashgpt.runconfig import DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
+from flashgpt.train import record
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are empty files: drawing one takes as long as a tiny run."""
+    monkeypatch.setattr(record, "draw_loss", lambda metrics, path, title: path.touch())
 
 
 @pytest.fixture
