@@ -309,8 +309,12 @@ def test_a_run_with_another_dropout_has_another_idea_of_what_is_usual(
 
 
 def test_a_spike_is_left_out_unless_the_guard_looks_at_finiteness_only(
-    tmp_path: Path, train: Callable[..., Any], poison: Callable[..., Any]
+    tmp_path: Path,
+    train: Callable[..., Any],
+    poison: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(guard, "WINDOW", 32)
     poison({1: 50.0, guard.WINDOW + 2: 50.0})
     long = ("--train.steps", guard.WINDOW + 4, "--train.eval-every", 0)
     run = train(tmp_path / "run", *long)
