@@ -26,7 +26,7 @@ TINY = (
 
 
 @pytest.fixture(autouse=True)
-def _small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _small(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(clock.PEAK_SIZE, "cpu", 64)
     monkeypatch.setattr(verb, "VOCAB_SIZE", 128)
     monkeypatch.chdir(tmp_path)
@@ -39,7 +39,7 @@ def test_table_files_and_the_line_of_json(cli: Cli) -> None:
     assert found == json.loads(Path("bench/train.json").read_text())
     assert {"device", "torch", "threads", "date", "transformers"} <= set(found["environment"])
     assert found["setup"]["precision"] == "fp32" and found["setup"]["device"] == "cpu"
-    assert found["setup"]["cfg"]["n_layers"] == 4 and found["tokens_per_step"] == 32
+    assert found["setup"]["cfg"]["n_layers"] == 1 and found["tokens_per_step"] == 32
     assert {path.name for path in Path("bench").iterdir()} == {"train.json", "train.png"}
     assert lines[-2] == "written to bench: train.json, train.png"
     content = Path("bench/train.png").read_bytes()
