@@ -327,6 +327,26 @@ def test_where_the_milliseconds_go_is_what_the_raw_data_says() -> None:
     assert f"nanoGPT's {nanogpt:.1f} ms and {theirs}" in readme
 
 
+def test_steps_on_a_cpu_are_those_of_the_raw_data() -> None:
+    first, second = (raw(f"nanogpt-speed-cpu/{name}.json")["rows"] for name in ("speed", "profile"))
+    assert table("performance.md", "## On two CPU cores") == [
+        [one["way"], *(f"{row['tokens_per_second']:,.0f}" for row in (one, other))]
+        for one, other in zip(first, second, strict=True)
+    ]
+    ratios = []
+    for rows in (first, second):
+        best = {
+            side: max(r["tokens_per_second"] for r in rows if r["way"].startswith(side))
+            for side in ("nanogpt", "ours")
+        }
+        ratios.append(f"{best['ours'] / best['nanogpt'] - 1:+.0%}")
+    assert ratios == ["-10%", "+3%"]
+    parts = [row["profile"]["parts"] for row in second]
+    shares = [found["products"] / sum(found.values()) for found in parts]
+    assert [f"{share:.0%}" for share in (min(shares), max(shares))] == ["74%", "79%"]
+    assert [f"{1.2 * share:.0%}" for share in shares[:2]] == ["88%", "92%"]
+
+
 def test_steps_beside_hugging_face_are_those_of_the_raw_data() -> None:
     found = raw("train-h100/train.json")
     rows = []
