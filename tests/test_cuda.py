@@ -177,6 +177,25 @@ def test_activation_checkpointing_changes_no_bit_and_takes_less_memory(use_flash
     assert peaks[1] < 0.5 * peaks[0], peaks
 
 
+def test_activation_checkpointing_takes_less_memory_compiled_too() -> None:
+    ids = torch.arange(8 * 128, device=CUDA).view(8, 128) % 300
+    peaks = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = GPTModel({**CFG, "n_layers": 8}).to(CUDA)
+        model.set_checkpointing(on)
+        forward = torch.compile(model, dynamic=False)
+
+        def step(forward: Forward = forward) -> None:
+            with runtime.casting(CUDA, torch.bfloat16):
+                loss = forward(ids, ids)
+            loss.backward()
+
+        step()
+        peaks.append(peak_bytes(step, CUDA))
+    assert peaks[1] < 0.6 * peaks[0], peaks
+
+
 TRAIN = (
     "train --data.source my.txt --data.tokenizer bytes --model.context-length 128 "
     "--model.n-layers 2 --model.drop-rate 0.1 --train.tokens-per-step 2048"

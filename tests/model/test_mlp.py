@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flashgpt.model import cublaslt, mlp
 from flashgpt.model.block import FeedForward
@@ -140,6 +141,35 @@ def test_where_it_serves_a_compiled_layer_stays_one_graph(activation: str) -> No
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
     for name, found in results(compiled, made, x, dout).items():
         torch.testing.assert_close(found, wanted[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+@FORMS
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_where_a_block_is_recomputed_a_compiled_layer_keeps_nothing(
+    recomputed: bool, activation: str
+) -> None:
+    made = layers(8, activation=activation)
+    x, dout = torch.randn(2, 3, 8, dtype=torch.float64)[:, None].unbind()
+
+    def block(x: Tensor) -> Tensor:
+        return checkpoint(made, x, use_reentrant=False) if recomputed else made(x)
+
+    wanted = results(apart(made), made, x, dout)
+    torch.compiler.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager_decomp_partition")
+    kept: list[list[int]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(list(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = results(compiled, made, x, dout)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-12, atol=1e-12, msg=name)
+    assert [3, 8] in kept or [1, 3, 8] in kept
+    assert ([3, 32] in kept) != recomputed
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
