@@ -347,23 +347,32 @@ def test_steps_on_a_cpu_are_those_of_the_raw_data() -> None:
     assert [f"{1.2 * share:.0%}" for share in shares[:2]] == ["88%", "92%"]
 
 
-def test_steps_beside_hugging_face_are_those_of_the_raw_data() -> None:
-    found = raw("train-h100/train.json")
+@pytest.mark.parametrize(
+    ("folder", "heading", "digits", "ratios"),
+    [
+        ("train-h100", "## Beside Hugging Face on an H100", 0, [("1.32", "72"), ("1.39", "71")]),
+        ("train-cpu", "### Beside Hugging Face", 2, [("1.29", "75"), ("1.15", "60")]),
+    ],
+)
+def test_steps_beside_hugging_face_are_those_of_the_raw_data(
+    folder: str, heading: str, digits: int, ratios: list[tuple[str, str]]
+) -> None:
+    found = raw(f"{folder}/train.json")
     rows = []
     for row in found["rows"]:
         how = ("compiled, graph" if row["graph"] else "compiled") if row["compiled"] else "eager"
         rows.append(
             [
                 *(row["model"], how, f"{row['dropout']:g}", f"{row['ms']:.1f}"),
-                f"{row['tokens_per_second'] / 1e3:.0f}",
+                f"{row['tokens_per_second'] / 1e3:.{digits}f}",
                 f"{row['mfu']:.1%}".replace("%", " %"),
                 *(f"{row['peak_bytes'] / 2**30:.1f}", f"{row['first_step_seconds']:.0f}"),
             ]
         )
-    heading = "## Beside Hugging Face on an H100"
+    heading = f"{heading}\n"
     assert table("performance.md", heading) == rows
     said = (ROOT / "docs/performance.md").read_text().split(heading)[1].split("\n## ")[0]
-    for p, speed, memory in ((0, "1.32", "72"), (0.1, "1.39", "71")):
+    for p, (speed, memory) in zip((0, 0.1), ratios, strict=True):
         ours, peer = (
             next(
                 row
@@ -468,7 +477,7 @@ def round_up(x: float, digits: int) -> float:
     ("folder", "heading", "batches"),
     [
         ("generate-h100", "## How fast it is on an H100", (1, 8, 32, 128)),
-        ("generate-cpu", "## On the CPU", (1, 8)),
+        ("generate-cpu", "There, 64 tokens after 16", (1, 8)),
     ],
 )
 def test_speeds_of_writing_are_those_of_the_raw_data(
@@ -498,6 +507,15 @@ def test_speeds_of_writing_are_those_of_the_raw_data(
     if folder == "generate-h100":
         readme = (ROOT / "README.md").read_text()
         assert all(text in readme for text in (rows[0][1], rows[2][1], rows[0][4], rows[2][3]))
+
+
+def test_products_on_a_cpu_are_those_of_the_raw_data() -> None:
+    found = {(row["rows"], row["way"]): row["ms"] for row in raw("rows-cpu/rows.json")["rows"]}
+    ways = ("read", "linear", "onednn", "packed")
+    assert table("generation.md", "## On the CPU") == [
+        [f"{rows:,}", *(f"{found[rows, way]:,.0f}" for way in ways)]
+        for rows in (1, 2, 8, 128, 1000)
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

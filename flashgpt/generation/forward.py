@@ -1,7 +1,8 @@
 """The forward pass of a GPT-2 for decoding, as one loop over its weights.
 
 With few tokens the calls of modules cost the host more than their layers cost the device. And on
-the CPU products with few rows are faster from copies of the matrices in another order.
+the CPU oneDNN's products are faster than those of modules, with several texts from copies of the
+matrices in another order.
 
 Legend: B batch, T new positions, M = B T rows, S positions so far, N heads, H head dim, D model
 width, I features that come in, O that go out, V vocabulary.
@@ -30,6 +31,7 @@ LAYERS = (
 )
 MULTIPLE = 64  # of columns
 ROWS = 1024  # for which matrices are packed; as good for fewer
+LEAST_STEPS = 40  # that make up for packing
 ONEDNN = ("_reorder_linear_weight", "_linear_pointwise")
 
 
@@ -75,40 +77,46 @@ class Product:
         return F.linear(x_MI, self.weight_OI, self._bias_O)
 
 
-class PackedProduct(Product):
-    """The same from a copy in the order in which oneDNN reads it.
+class OneDNNProduct(Product):
+    """The same by oneDNN, in the operator that torch.compile takes for inference.
 
-    By these operators torch.compile packs weights for inference. All matrices of GPT-2 124M on two
-    cores (AVX-512, fp32), ms as they are and packed: 1 row 38 and 22, 8 rows 91 and 27, 64 rows 196
-    and 84, 256 rows 457 and 324, 1,000 rows 1,935 and 1,541.
+    All matrices of GPT-2 124M on two cores (EPYC, AVX2, fp32), ms by `F.linear`, by this, and from
+    packed copies: 1 row 52, 35 and 41; 2 rows 104, 52 and 41; 8 rows 135, 67 and 56; 128 rows 441,
+    260 and 259; 1,000 rows 2,486, 1,902 and 1,906. With AVX-512 by `F.linear` and from packed
+    copies: 1 row 38 and 22, 8 rows 91 and 27, 1,000 rows 1,935 and 1,541.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer)
-        weight_OI = layer.weight.detach()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, ROWS)
+        self._weight = layer.weight.detach()
 
     def __call__(self, x_MI: Tensor) -> Tensor:
         out_MO: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x_MI, self._packed, self._bias_O, "none", [], ""
+            x_MI, self._weight, self._bias_O, "none", [], ""
         )
         return out_MO
 
 
-def packs(model: GPTModel) -> bool:
-    """Whether oneDNN can have copies of the model's matrices."""
+class PackedProduct(OneDNNProduct):
+    """The same from a copy in the order in which oneDNN reads it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, ROWS)
+
+
+def has_onednn(model: GPTModel) -> bool:
+    """Whether the model's products can be oneDNN's."""
     weight = model.wte.weight
     cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     return cpu and all(hasattr(torch.ops.mkldnn, name) for name in ONEDNN)
 
 
-def packs_prompts() -> bool:
-    """Whether packed products are faster for a thousand rows too.
-
-    All of GPT-2 124M, ms as they are and packed: with AVX-512 1,935 and 1,541, with AVX2 1,939 and
-    2,050, where packing takes 350 more.
-    """
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+def packing_pays(texts: int, steps: int) -> bool:
+    """Whether packing, 0.15 to 0.35 s of GPT-2 124M, is made up for by so many steps of so many
+    texts. One text is faster without, but with AVX-512, where that was not measured."""
+    one = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return steps >= LEAST_STEPS and (texts > 1 or one)
 
 
 class Norm:
@@ -139,11 +147,12 @@ class Forward:
 
     Args:
         model: of which `weights_of` gives the weights.
-        packed: products from copies, twice the memory; where `packs` says so.
+        packed: products from copies, twice the memory; where `has_onednn` says so.
     """
 
     def __init__(self, model: GPTModel, *, packed: bool = False) -> None:
-        product = PackedProduct if packed else Product
+        own = OneDNNProduct if has_onednn(model) else Product
+        product = PackedProduct if packed else own
         self._wte_VD, self._wpe_SD = model.wte.weight, model.wpe.weight
         self._heads = (model.cfg.n_heads, model.cfg.head_dim)
 

@@ -19,11 +19,8 @@ from torch import Tensor
 
 from flashgpt.generation import device_step, prompt
 from flashgpt.generation.cache import KVCache, Source, gather
-from flashgpt.generation.forward import Forward, packs, packs_prompts, weights_of
+from flashgpt.generation.forward import Forward, has_onednn, packing_pays, weights_of
 from flashgpt.model.gpt2 import GPTModel
-
-# What makes up for packing a model's matrices: tokens to be drawn, or of prompts at a time.
-LEAST_TOKENS, LEAST_PROMPT = 40, 512
 
 Reason = Literal["eos", "stop", "length", "context"]
 
@@ -77,7 +74,7 @@ class Logits:
         self._model, self._use_cache = model, use_cache
         self.weights = weights_of(model) if use_cache else None
         self.is_on_gpu = self.weights is not None and device_step.serves(model.wte.weight)
-        self._packs = self.weights is not None and packs(model)
+        self._packs = self.weights is not None and has_onednn(model)
         self._fast: Forward | None = None
         self._packed: Forward | None = None
         self._rows: list[Row] = []
@@ -154,16 +151,15 @@ class Logits:
             one = prompt.pass_for(self._model, self.weights, len(ids[0]))
             if one is not None:
                 return one(ids[0], cache)
-        fast = self._faster(packs_prompts() and len(ids) * len(ids[0]) >= LEAST_PROMPT)
-        return self._forward(ids, pads, cache, fast)
+        return self._forward(ids, pads, cache, self._faster(pays=False))
 
     def _step(self, rows: Sequence[Row], cache: KVCache) -> Tensor:
-        left = sum(row.limit - len(row.ids) for row in rows)
-        fast = self._faster(left >= LEAST_TOKENS)
+        left = max(row.limit - len(row.ids) for row in rows)
+        fast = self._faster(packing_pays(len(rows), left))
         return self._forward([[row.window[-1]] for row in rows], cache.pads, cache, fast)
 
     def _faster(self, pays: bool) -> Forward | None:
-        """The fast forward pass; with packed matrices once there is enough to do to pack them."""
+        """The fast forward pass; with packed matrices once that pays."""
         if self.weights is None:
             return None
         if pays and self._packed is None and self._packs:
