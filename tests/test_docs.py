@@ -398,6 +398,10 @@ def test_what_a_plan_predicts_on_gpus_is_said_as_it_was_measured() -> None:
         ]
         for row in found["rows"]
     ]
+    samples = [one for row in found["rows"] for one in (*row["from"], row["measured"])]
+    seconds = [one["preparing"] for one in samples]
+    said = f"Compiling took {min(seconds):.0f} to {max(seconds):.0f} seconds a size"
+    assert said in (ROOT / "docs/planning.md").read_text()
     cfg, measured = preset("gpt2"), {row["way"]: row for row in raw("scaling/scaling.json")["rows"]}
     ways: dict[str, tuple[scaling_model.Engine, int]]
     ways = {"single": ("DDP", 1), "ddp": ("DDP", 2), "fsdp": ("FSDP2", 2)}

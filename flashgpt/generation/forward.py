@@ -80,10 +80,8 @@ class Product:
 class OneDNNProduct(Product):
     """The same by oneDNN, in the operator that torch.compile takes for inference.
 
-    All matrices of GPT-2 124M on two cores (EPYC, AVX2, fp32), ms by `F.linear`, by this, and from
-    packed copies: 1 row 52, 35 and 41; 2 rows 104, 52 and 41; 8 rows 135, 67 and 56; 128 rows 441,
-    260 and 259; 1,000 rows 2,486, 1,902 and 1,906. With AVX-512 by `F.linear` and from packed
-    copies: 1 row 38 and 22, 8 rows 91 and 27, 1,000 rows 1,935 and 1,541.
+    Faster than `F.linear` from one row to a thousand on an EPYC with AVX2: docs/generation.md,
+    benchmarks/rows_cpu.py.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -114,9 +112,10 @@ def has_onednn(model: GPTModel) -> bool:
 
 def packing_pays(texts: int, steps: int) -> bool:
     """Whether packing, 0.15 to 0.35 s of GPT-2 124M, is made up for by so many steps of so many
-    texts. One text is faster without, but with AVX-512, where that was not measured."""
-    one = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return steps >= LEAST_STEPS and (texts > 1 or one)
+    texts. With AVX2 one text is faster without; with AVX-512 packed products are faster than
+    `F.linear`, and oneDNN's without packing were not measured."""
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return steps >= LEAST_STEPS and (texts > 1 or wide)
 
 
 class Norm:

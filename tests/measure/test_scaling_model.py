@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flashgpt.config import preset
+from flashgpt.measure import scaling_model
 from flashgpt.measure.memory_model import parameters
 from flashgpt.measure.scaling_model import (
     ENGINES,
@@ -72,6 +74,19 @@ def test_what_computing_does_not_hide_is_waited_for() -> None:
     near = step("gpt2", GPT2, "DDP", 8, STANDARD, 0.1)
     seconds = traffic(GPT2, "DDP", 8, STANDARD)[0] / 200e9
     assert near.communication_seconds == near.exposed_seconds == pytest.approx(seconds)
+
+
+def test_what_is_assumed_of_links_and_compiling_is_measured() -> None:
+    rows = json.loads((ROOT_FOLDER / "benchmarks/scaling/scaling.json").read_text())["rows"]
+    ms = {row["way"]: statistics.median(row["ms"]) for row in rows}
+    assert ms["blocks"] / ms["single"] == pytest.approx(scaling_model.BLOCKWISE, abs=0.005)
+    nccl = {row["way"]: (row["communication"] or {}).get("nccl_ms") for row in rows}
+    ddp, fsdp = (
+        traffic(GPT2, engine, 2, STANDARD)[0] / nccl[way] / 1e6
+        for engine, way in zip(ENGINES, ("ddp", "fsdp"), strict=True)
+    )
+    assert ddp == pytest.approx(STANDARD.node_bandwidth, rel=0.05)
+    assert fsdp == pytest.approx(ddp / 3, rel=0.2)
 
 
 def test_predictions_of_one_and_two_gpus_are_what_was_measured() -> None:
