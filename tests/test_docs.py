@@ -449,6 +449,20 @@ def test_speeds_of_several_gpus_are_those_of_the_raw_data() -> None:
     assert table("scaling.md", "On two H100s") == rows
 
 
+def test_losses_on_several_devices_are_those_of_the_raw_data() -> None:
+    found = raw("devices/devices.json")["rows"]
+    assert [row["way"] for row in found if row.get("holds")] == ["gpu", "ddp", "fsdp"]
+    assert table("scaling.md", "## The same file, the same curve") == [
+        [
+            *(row["way"], f"{row['losses'][-1]:.6f}", f"{row['val_loss']:.6f}"),
+            "-" if row["way"] == "cpu" else f"{max(row['apart']):.1e}",
+        ]
+        for row in found
+    ]
+    unit = 2.0**-21  # of fp32 from 4 to 8, as the first losses are
+    assert max(max(row["apart"]) for row in found) == 2 * unit
+
+
 def test_what_is_said_of_cut_models_and_of_gathers_is_measured() -> None:
     page = (ROOT / "docs/scaling.md").read_text()
     before = {row["way"]: row for row in raw("scaling/cut.json")["rows"]}
