@@ -5,9 +5,9 @@
 
     product     the matrix product alone, by cuBLAS: the floor
     apart       then GELU or its derivative, then the sums, as torch.compile fuses them
-    cublaslt    GELU in cuBLASLt's epilogue (the tanh form alone), the sums apart
-    triton ...  all in one kernel (flashgpt/model/triton_mlp.py), for each of CUTS: rows, columns
-                and depth of a tile, warps, stages
+    triton ...  all in one kernel (flashgpt/model/triton_mlp.py), for each of TRITON_CUTS: rows,
+                columns and depth of a tile, warps, stages
+    gluon ...   the same on Hopper (flashgpt/model/gluon_mlp.py), for each of GLUON_CUTS
 
 bf16 on a GPU, in turns, medians over rounds. Each result is held to fp32: an error above what bf16
 rounds, of the norm or of the largest value, is WRONG and ends with status 1. A cut that fails is
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import itertools
 import json
 import math
@@ -31,6 +32,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -45,15 +47,8 @@ from flashgpt.model.triton_mlp import CUT, Cut
 from flashgpt.train.checkpoint import write_json
 from flashgpt.train.record import versions
 
-CUTS = (
-    CUT,
-    Cut(128, 128, 64, 8, 3),
-    Cut(64, 128, 64, 4, 3),
-    Cut(64, 256, 64, 4, 2),
-    Cut(128, 256, 64, 8, 3),
-    Cut(128, 256, 64, 8, 4),
-    Cut(256, 128, 64, 8, 3),
-)
+TRITON_CUTS = (CUT, Cut(128, 128, 64, 8, 3), Cut(128, 256, 64, 8, 3))
+GLUON_CUTS = (Cut(128, 128, 64, 4, 5), Cut(128, 128, 64, 4, 4))  # the first ones are in use
 FORMS = {"gelu": "none", "gelu_new": "tanh"}  # by our name of the activation
 PARTS = ("backward", "forward")
 ROUNDING = 2.0**-8  # of bf16, at most
@@ -81,6 +76,18 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     if wanted.width % mlp.WIDTH_MULTIPLE:
         parser.error(f"--width must be a multiple of {mlp.WIDTH_MULTIPLE}, got {wanted.width}")
     return wanted
+
+
+def languages(device: torch.device) -> dict[str, tuple[ModuleType, tuple[Cut, ...]]]:
+    """Kernels and their cuts, by language. Nothing interprets Gluon."""
+    found: dict[str, tuple[ModuleType, tuple[Cut, ...]]] = {"triton": (triton_mlp, TRITON_CUTS)}
+    if device.type == "cuda":
+        found["gluon"] = (importlib.import_module("flashgpt.model.gluon_mlp"), GLUON_CUTS)
+    return found
+
+
+def way(language: str, cut: Cut) -> str:
+    return f"{language} {' '.join(map(str, cut))}"
 
 
 class Case:
@@ -116,29 +123,19 @@ class Case:
 
     def ways(self, part: str, form: str) -> dict[str, Way]:
         """All ways of a part and form of GELU, by name."""
-        tanh, operators = form == "gelu_new", torch.ops.flashgpt
-        if part == "forward":
-            names, inputs = ("act", "pre"), (self.x, self.w1, self.b)
-            kernel: Callable[..., tuple[Tensor, Tensor]] = triton_mlp.linear_gelu
-        else:
-            names, inputs = ("dpre", "db"), (self.dout, self.w2, self.pre)
-            kernel = triton_mlp.matmul_dgelu
+        tanh = form == "gelu_new"
+        forward = part == "forward"
+        names = ("act", "pre") if forward else ("dpre", "db")
+        inputs = (self.x, self.w1, self.b) if forward else (self.dout, self.w2, self.pre)
 
         def product(a: Tensor, w: Tensor, last: Tensor) -> tuple[Tensor, ...]:
-            return (torch.addmm(last, a, w.t()) if part == "forward" else a @ w,)
+            return (torch.addmm(last, a, w.t()) if forward else a @ w,)
 
         def apart(a: Tensor, w: Tensor, last: Tensor) -> tuple[Tensor, ...]:
             (out,) = product(a, w, last)
-            if part == "forward":
+            if forward:
                 return F.gelu(out, approximate=FORMS[form]), out
             dpre = torch.ops.aten.gelu_backward(out, last, approximate=FORMS[form])
-            return dpre, dpre.sum(0)
-
-        def cublaslt(a: Tensor, w: Tensor, last: Tensor) -> tuple[Tensor, ...]:
-            if part == "forward":
-                act, pre = operators.linear_gelu(a, w, last, True)
-                return act, pre
-            dpre = operators.matmul_dgelu(a, w, last)
             return dpre, dpre.sum(0)
 
         def named(call: Callable[..., tuple[Tensor, ...]], *more: object) -> Way:
@@ -147,10 +144,10 @@ class Case:
         compiled = torch.compile if self.device.type == "cuda" else lambda call: call
         found: dict[str, Way] = {"product": lambda: {"": product(*inputs)[0]}}
         found["apart"] = named(compiled(apart))
-        if tanh:
-            found["cublaslt"] = named(compiled(cublaslt))
-        for cut in CUTS:
-            found[f"triton {' '.join(map(str, cut))}"] = named(kernel, tanh, cut)
+        for name, (kernels, cuts) in languages(self.device).items():
+            kernel = kernels.linear_gelu if forward else kernels.matmul_dgelu
+            for cut in cuts:
+                found[way(name, cut)] = named(kernel, tanh, cut)
         return found
 
     def measure(self, part: str, form: str, rounds: int) -> list[Row]:
@@ -183,7 +180,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 def holds(row: Row) -> bool:
     """Whether a row is right, or of a cut that nothing else uses."""
-    ours = row["way"] == f"triton {' '.join(map(str, CUT))}"
+    ours = row["way"] in (way("triton", TRITON_CUTS[0]), way("gluon", GLUON_CUTS[0]))
     roundings = 2 if row["way"] == "apart" else 1  # the product is rounded, then the result
     return row["error"] <= roundings * ROUNDING if "ms" in row else not ours
 

@@ -19,7 +19,8 @@ weights and optimizer; of a graph what torch reserves, which each row has as `re
 Ratios compare with each of nanoGPT's ways of the same batch (or of fit) and dropout: tokens per
 second over its tokens per second, peak over its peak. With --profile more steps run under
 PyTorch's profiler, and each row has the milliseconds of its step by part
-(flashgpt/measure/step_parts.py) and, on CUDA, by kernel.
+(flashgpt/measure/step_parts.py) and, on CUDA, by kernel; a graph those of its plain step, whose
+kernels it replays.
 
 A way that runs out of memory is reported, and the others go on; any other failure of ours ends
 with status 1. Writes speed.json after each row (on the CPU after each batch), prints a table and,
@@ -198,7 +199,7 @@ class Bench:
     def _timed(self, row: Row, ms: list[float], ready: Ready) -> None:
         row["ms"] = ms
         if self.wanted.profile:
-            call, median = repeated(ready.step, PROFILED), statistics.median(ms)
+            call, median = repeated(ready.plain, PROFILED), statistics.median(ms)
             profile = step_parts.profile(call, PROFILED, self.device, median)
             row["profile"] = dataclasses.asdict(profile)
 

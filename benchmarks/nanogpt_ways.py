@@ -54,6 +54,7 @@ class Ready:
 
     Attributes:
         step: one step on its tokens.
+        plain: the same, launched kernel by kernel where `step` is a CUDA graph.
         graphed: whether it is a CUDA graph.
         first_step_seconds: of the first step, which compiles.
         kernels: attention kernels that served; empty for nanoGPT.
@@ -61,6 +62,7 @@ class Ready:
 
     bare: BareStep
     step: Call
+    plain: Call
     graphed: bool
     first_step_seconds: float
     kernels: list[str]
@@ -87,6 +89,9 @@ def start(
     def step() -> None:
         (graphed or bare)(ids_BT, targets_BT)
 
+    def plain() -> None:
+        bare(ids_BT, targets_BT)
+
     began = time.perf_counter()
     step()
     wait(device)
@@ -98,7 +103,7 @@ def start(
             full = torch.OutOfMemoryError.__name__ in notes[-1]
             raise (torch.OutOfMemoryError if full else RuntimeError)(notes[-1])
     served = sorted({line.split(" served ")[0] for line in kernels.receipt()})
-    return Ready(bare, step, graphed is not None, seconds, served)
+    return Ready(bare, step, plain, graphed is not None, seconds, served)
 
 
 def repeated(step: Call, count: int) -> Call:

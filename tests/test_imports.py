@@ -55,6 +55,7 @@ NEED_TRITON = {
     "flashgpt.generation.triton_dot",
     "flashgpt.generation.triton_sample",
     "flashgpt.generation.triton_step",
+    "flashgpt.model.gluon_mlp",
     "flashgpt.model.triton_loss",
     "flashgpt.model.triton_mlp",
 }

@@ -4,9 +4,8 @@
     dact = dout W2           dpre = dact * gelu'(pre)             the rest as ever
 
 Done apart, GELU reads and writes more memory than all else between the products of a block. Here
-one operator is the first line up to act, another one dpre. On CUDA GELU in its tanh form is
-cuBLASLt's (cublaslt.py), which has no other, and the exact one Triton's (triton_mlp.py), with the
-gradient of b1 in it.
+one operator is the first line up to act, another one dpre and the gradient of b1. On Hopper they
+are kernels in Gluon (gluon_mlp.py), or in Triton (triton_mlp.py) where its Gluon is not known.
 
 For autograd the gradient of `out` goes to `pre` at once, past `act`: so the two operators of the
 forward pass are `linear_gelu`, with gradients from `pre` alone, and `linear_of_gelu`, which takes
@@ -20,20 +19,23 @@ Legend: M rows (batch times positions), D model width, F inner width.
 from __future__ import annotations
 
 import functools
+import importlib
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashgpt.model import cublaslt, precision
+from flashgpt.model import precision
 from flashgpt.model.replaced import is_plain
 
-WIDTH_MULTIPLE = 8  # elements, 16 bytes: what cuBLASLt and Triton's descriptors need of widths
-# Measured on Hopper. On GPUs before it cuBLASLt's epilogues may be slower; the cut of Triton's
-# kernels is for its multiprocessors alone.
-HOPPER = 9
+TYPES = {torch.float16, torch.bfloat16}
+WIDTH_MULTIPLE, ALIGNMENT = 8, 16  # elements and bytes: what descriptors need
+HOPPER = 9  # what the kernels are cut for
+# Triton's versions whose Gluon, an experimental language, the kernels are known to compile by.
+GLUON = ("3.6.", "3.7.")
 
 LIBRARY = torch.library.Library("flashgpt", "FRAGMENT")
 LIBRARY.define("linear_gelu(Tensor x, Tensor weight, Tensor bias, bool tanh) -> (Tensor, Tensor)")
@@ -41,12 +43,12 @@ LIBRARY.define(
     "linear_of_gelu(Tensor act, Tensor pre, Tensor bias_of_pre, Tensor weight, Tensor bias,"
     " bool tanh) -> Tensor"
 )
-LIBRARY.define("matmul_dgelu(Tensor dout, Tensor weight, Tensor pre) -> Tensor")
-LIBRARY.define("matmul_dgelu_sum(Tensor dout, Tensor weight, Tensor pre) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "matmul_dgelu(Tensor dout, Tensor weight, Tensor pre, bool tanh) -> (Tensor, Tensor)"
+)
 _linear_gelu = torch.ops.flashgpt.linear_gelu.default
 _linear_of_gelu = torch.ops.flashgpt.linear_of_gelu.default
 _matmul_dgelu = torch.ops.flashgpt.matmul_dgelu.default
-_matmul_dgelu_sum = torch.ops.flashgpt.matmul_dgelu_sum.default
 
 
 def serves(x_BTD: Tensor, fc: nn.Linear, gelu: nn.GELU, proj: nn.Linear) -> bool:
@@ -60,20 +62,18 @@ def serves(x_BTD: Tensor, fc: nn.Linear, gelu: nn.GELU, proj: nn.Linear) -> bool
         and fc.bias is not None
         and proj.bias is not None
         and fc.in_features % WIDTH_MULTIPLE == fc.out_features % WIDTH_MULTIPLE == 0
-        and precision.of_products(x_BTD) in cublaslt.TYPES
-        and _has_epilogues(x_BTD.get_device(), gelu.approximate == "tanh")
+        and precision.of_products(x_BTD) in TYPES
+        and _has_kernels(x_BTD.get_device())
     )
 
 
-def _has_epilogues(device: int, tanh: bool) -> bool:
-    """Whether a CUDA device, by its index, has those of a form of GELU; -1 is the CPU."""
-    if tanh:
-        return _capability(device) >= HOPPER and cublaslt.library() is not None
+def _has_kernels(device: int) -> bool:
+    """Whether a CUDA device, by its index, has them; -1 is the CPU."""
     return _capability(device) == HOPPER and _triton_is_installed()
 
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler.
-_has_epilogues._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -151,11 +151,7 @@ class _LinearOfGelu(torch.autograd.Function):
         _, need_pre, need_b1, need_w2, need_b2, _ = ctx.needs_input_grad
         dpre_MF = db1_F = None
         if need_pre or need_b1:
-            if ctx.tanh:
-                dpre_MF = _matmul_dgelu(dout_MD, w2_DF, pre_MF)
-                db1_F = dpre_MF.sum(0) if need_b1 else None
-            else:
-                dpre_MF, db1_F = _matmul_dgelu_sum(dout_MD, w2_DF, pre_MF)
+            dpre_MF, db1_F = _matmul_dgelu(dout_MD, w2_DF, pre_MF, ctx.tanh)
         dw2_DF = dout_MD.t() @ act_MF if need_w2 else None
         db2_D = dout_MD.sum(0) if need_b2 else None
         return None, dpre_MF, db1_F, dw2_DF, db2_D, None
@@ -174,57 +170,39 @@ def _linear_of_gelu_plain(
     return torch.addmm(b2_D, act_MF, w2_DF.t())
 
 
-def _matmul_dgelu_plain(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> Tensor:
-    dpre: Tensor = torch.ops.aten.gelu_backward(dout_MD @ w_DF, pre_MF, approximate="tanh")
-    return dpre
-
-
-def _matmul_dgelu_sum_plain(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> tuple[Tensor, Tensor]:
-    dpre_MF = torch.ops.aten.gelu_backward(dout_MD @ w_DF, pre_MF)
+def _matmul_dgelu_plain(
+    dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor, tanh: bool
+) -> tuple[Tensor, Tensor]:
+    approximate = "tanh" if tanh else "none"
+    dact_MF = dout_MD @ w_DF
+    dpre_MF = torch.ops.aten.gelu_backward(dact_MF, pre_MF, approximate=approximate)
     return dpre_MF, dpre_MF.sum(0)
 
 
 def _linear_gelu_cuda(x_MD: Tensor, w_FD: Tensor, b_F: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
-    if not tanh:
-        from flashgpt.model import triton_mlp
-
-        return triton_mlp.linear_gelu(_dense(x_MD), _dense(w_FD), _dense(b_F), tanh)
-    product = _product(cublaslt.GELU_AUX_BIAS, x_MD, w_FD, transposed=True)
-    if product is None:
-        return _linear_gelu_plain(x_MD, w_FD, b_F, tanh)
-    act_MF = x_MD.new_empty(len(x_MD), len(w_FD))
-    pre_MF = torch.empty_like(act_MF)
-    product(_dense(x_MD), _dense(w_FD), act_MF, pre_MF, _dense(b_F))
+    act_MF, pre_MF = _kernels().linear_gelu(_dense(x_MD), _dense(w_FD), _dense(b_F), tanh)
     return act_MF, pre_MF
 
 
-def _matmul_dgelu_cuda(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> Tensor:
-    product = _product(cublaslt.DGELU, dout_MD, w_DF, transposed=False)
-    if product is None:
-        return _matmul_dgelu_plain(dout_MD, w_DF, pre_MF)
-    dpre_MF = torch.empty_like(pre_MF, memory_format=torch.contiguous_format)
-    product(_dense(dout_MD), _dense(w_DF), dpre_MF, _dense(pre_MF))
-    return dpre_MF
+def _matmul_dgelu_cuda(
+    dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor, tanh: bool
+) -> tuple[Tensor, Tensor]:
+    dpre_MF, db_F = _kernels().matmul_dgelu(_dense(dout_MD), _dense(w_DF), _dense(pre_MF), tanh)
+    return dpre_MF, db_F
 
 
-def _matmul_dgelu_sum_cuda(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> tuple[Tensor, Tensor]:
-    from flashgpt.model import triton_mlp
+@functools.cache
+def _kernels() -> ModuleType:
+    import triton
 
-    return triton_mlp.matmul_dgelu(_dense(dout_MD), _dense(w_DF), _dense(pre_MF), tanh=False)
-
-
-def _product(
-    epilogue: int, a_MK: Tensor, b: Tensor, *, transposed: bool
-) -> cublaslt.Product | None:
-    (rows, summed), columns = a_MK.shape, b.shape[0 if transposed else 1]
-    shape = (rows, columns, summed)
-    return cublaslt.find(epilogue, shape, a_MK.dtype, a_MK.get_device(), transposed)
+    name = "gluon_mlp" if triton.__version__.startswith(GLUON) else "triton_mlp"
+    return importlib.import_module(f"flashgpt.model.{name}")
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x where cuBLASLt and Triton may read it: adjacent and aligned."""
+    """x where a descriptor may point: adjacent and aligned."""
     x = x.contiguous()
-    return x if x.data_ptr() % cublaslt.ALIGNMENT == 0 else x.clone()
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
 
 
 def _linear_gelu_fake(x_MD: Tensor, w_FD: Tensor, b_F: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
@@ -232,12 +210,11 @@ def _linear_gelu_fake(x_MD: Tensor, w_FD: Tensor, b_F: Tensor, tanh: bool) -> tu
     return act_MF, torch.empty_like(act_MF)
 
 
-def _matmul_dgelu_fake(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> Tensor:
-    return torch.empty_like(pre_MF, memory_format=torch.contiguous_format)
-
-
-def _matmul_dgelu_sum_fake(dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor) -> tuple[Tensor, Tensor]:
-    return _matmul_dgelu_fake(dout_MD, w_DF, pre_MF), pre_MF.new_empty(pre_MF.shape[1])
+def _matmul_dgelu_fake(
+    dout_MD: Tensor, w_DF: Tensor, pre_MF: Tensor, tanh: bool
+) -> tuple[Tensor, Tensor]:
+    dpre_MF = torch.empty_like(pre_MF, memory_format=torch.contiguous_format)
+    return dpre_MF, pre_MF.new_empty(pre_MF.shape[1])
 
 
 LIBRARY.impl("linear_gelu", _linear_gelu_plain, "CompositeExplicitAutograd")
@@ -247,9 +224,6 @@ LIBRARY.impl("linear_of_gelu", _linear_of_gelu_plain, "CompositeExplicitAutograd
 LIBRARY.impl("linear_of_gelu", _LinearOfGelu.apply, "Autograd")
 LIBRARY.impl("matmul_dgelu", _matmul_dgelu_plain, "CompositeExplicitAutograd")
 LIBRARY.impl("matmul_dgelu", _matmul_dgelu_cuda, "CUDA")
-LIBRARY.impl("matmul_dgelu_sum", _matmul_dgelu_sum_plain, "CompositeExplicitAutograd")
-LIBRARY.impl("matmul_dgelu_sum", _matmul_dgelu_sum_cuda, "CUDA")
 torch.library.register_fake("flashgpt::linear_gelu", _linear_gelu_fake, lib=LIBRARY)
 torch.library.register_fake("flashgpt::linear_of_gelu", _linear_of_gelu_plain, lib=LIBRARY)
 torch.library.register_fake("flashgpt::matmul_dgelu", _matmul_dgelu_fake, lib=LIBRARY)
-torch.library.register_fake("flashgpt::matmul_dgelu_sum", _matmul_dgelu_sum_fake, lib=LIBRARY)

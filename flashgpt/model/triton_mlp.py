@@ -86,13 +86,13 @@ def _normal(x, TANH: tl.constexpr):
 
 
 @triton.jit
-def _gelu(x, TANH: tl.constexpr):
+def gelu(x, TANH: tl.constexpr):
     below, _, power = _normal(x, TANH)
     return tl.maximum(x, 0.0) - tl.abs(x) * (below * power)
 
 
 @triton.jit
-def _dgelu(x, TANH: tl.constexpr):
+def dgelu(x, TANH: tl.constexpr):
     below, density, power = _normal(x, TANH)
     negative = (below - tl.abs(x) * density) * power
     return tl.where(x < 0, negative, 1.0 - negative)
@@ -112,7 +112,7 @@ def _linear_gelu(
     pre_mf += tl.load(Bias + at, at < F, other=0.0).to(tl.float32)[None, :]
     kind: tl.constexpr = Bias.dtype.element_ty
     Pre.store([row, column], pre_mf.to(kind))
-    Act.store([row, column], _gelu(pre_mf, TANH).to(kind))
+    Act.store([row, column], gelu(pre_mf, TANH).to(kind))
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def _matmul_dgelu(
     for i in tl.static_range(2):
         start = column + i * (f // 2)
         pre_mf = Pre.load([row, start])
-        dpre_mf = halves[i] * _dgelu(pre_mf.to(tl.float32), TANH)
+        dpre_mf = halves[i] * dgelu(pre_mf.to(tl.float32), TANH)
         Dpre.store([row, start], dpre_mf.to(pre_mf.dtype))
         at = start + tl.arange(0, f // 2)
         tl.store(Sums + at, tl.sum(dpre_mf, 0), at < F)

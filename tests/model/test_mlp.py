@@ -1,25 +1,26 @@
 """The fused feed-forward layer: numbers, gradients, operators. pytest tests/model/test_mlp.py
 
-Without a GPU its operators are PyTorch's own; cuBLASLt's are judged by the tests that need one, and
-so is where Triton's serve, which test_triton_mlp.py judges.
+Without a GPU its operators are PyTorch's own. test_triton_mlp.py and test_gluon_mlp.py judge the
+kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flashgpt.model import cublaslt, mlp
+from flashgpt.model import mlp
 from flashgpt.model.block import FeedForward
 
-GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == mlp.HOPPER
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")]
 FORMS = pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
 Layer = Callable[[Tensor], Tensor]
 
@@ -28,8 +29,7 @@ Layer = Callable[[Tensor], Tensor]
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused way is taken, in float64, by PyTorch's operators."""
     monkeypatch.setattr(mlp, "_capability", lambda device: mlp.HOPPER)
-    monkeypatch.setattr(cublaslt, "library", lambda: "the library")
-    monkeypatch.setitem(cublaslt.TYPES, torch.float64, 1)
+    monkeypatch.setattr(mlp, "TYPES", {torch.float64})
 
 
 def layers(
@@ -100,8 +100,7 @@ def test_operators_keep_pytorchs_rules(device: str) -> None:
         torch.library.opcheck(operators.linear_gelu.default, (*forward, tanh))
         after = [t.requires_grad_() for t in some((5, 16), (5, 16), (16,), (8, 16), (8,))]
         torch.library.opcheck(operators.linear_of_gelu.default, (*after, tanh))
-    torch.library.opcheck(operators.matmul_dgelu.default, operands)
-    torch.library.opcheck(operators.matmul_dgelu_sum.default, operands)
+        torch.library.opcheck(operators.matmul_dgelu.default, (*operands, tanh))
 
 
 def test_it_is_for_training_in_half_precision_on_a_gpu() -> None:
@@ -109,25 +108,40 @@ def test_it_is_for_training_in_half_precision_on_a_gpu() -> None:
     assert not mlp.serves(torch.randn(1, 2, 8), made.c_fc, made.gelu, made.c_proj)
 
 
+@FORMS
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize(
     ("capability", "triton", "served"),
-    [
-        (8, True, set()),
-        (9, True, {"tanh", "none"}),
-        (9, False, {"tanh"}),
-        (10, True, {"tanh"}),  # the cut of Triton's kernels is Hopper's
-    ],
+    [(8, True, False), (9, True, True), (9, False, False), (10, True, False)],
 )
-def test_the_exact_form_is_for_hopper_with_triton(
-    capability: int, triton: bool, served: set[str], monkeypatch: pytest.MonkeyPatch
+def test_it_is_for_hopper_with_triton(
+    capability: int, triton: bool, served: bool, activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mlp, "_capability", lambda device: capability)
     monkeypatch.setattr(mlp, "_triton_is_installed", lambda: triton)
-    made, x = layers(8), torch.randn(2, 3, 8, dtype=torch.float64)
-    forms = {form: nn.GELU(approximate=form) for form in ("tanh", "none")}
-    found = {f for f, gelu in forms.items() if mlp.serves(x, made.c_fc, gelu, made.c_proj)}
-    assert found == served
+    made, x = layers(8, activation=activation), torch.randn(2, 3, 8, dtype=torch.float64)
+    assert mlp.serves(x, made.c_fc, made.gelu, made.c_proj) == served
+
+
+@pytest.fixture
+def choose() -> Iterator[Callable[[], Any]]:
+    """What chooses the kernels, anew."""
+    mlp._kernels.cache_clear()
+    yield mlp._kernels
+    mlp._kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("version", "name"), [("3.5.1", "triton_mlp"), ("3.6.0", "gluon_mlp"), ("3.10.0", "triton_mlp")]
+)
+def test_gluon_is_taken_where_it_is_known(
+    version: str, name: str, choose: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    if not triton.__version__.startswith(mlp.GLUON):
+        pytest.skip(f"the Gluon of Triton {triton.__version__} is not known")
+    monkeypatch.setattr(triton, "__version__", version)
+    assert choose().__name__ == f"flashgpt.model.{name}"
 
 
 @FORMS
@@ -243,8 +257,11 @@ def gpu_results(
     return found, usual, exact
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def gpu(test: Any) -> Any:
+    return functools.reduce(lambda made, mark: mark(made), GPU, test)
+
+
+@gpu
 @pytest.mark.parametrize("shape", [(1, 1, 8), (3, 65, 64), (2, 1023, 192), (2, 1024, 768)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @FORMS
@@ -252,13 +269,9 @@ def test_errors_on_a_gpu_are_those_of_the_three_layers(
     shape: tuple[int, int, int], dtype: torch.dtype, activation: str
 ) -> None:
     assert not over(*gpu_results(shape, dtype, activation))
-    dims = (shape[0] * shape[1], 4 * shape[2], shape[2])
-    assert cublaslt.find(cublaslt.GELU_AUX_BIAS, dims, dtype, 0, True) is not None
-    assert cublaslt.find(cublaslt.DGELU, dims, dtype, 0, False) is not None
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@gpu
 @pytest.mark.parametrize(
     ("change", "wrong"),
     [
@@ -267,26 +280,23 @@ def test_errors_on_a_gpu_are_those_of_the_three_layers(
         ("derivative of another place", "c_fc.weight"),
     ],
 )
-def test_a_wrong_epilogue_is_seen(change: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    product = cublaslt.Product.__call__
+def test_a_wrong_end_is_seen(change: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = mlp._kernels()
 
-    def changed(
-        self: cublaslt.Product, a: Tensor, b: Tensor, out: Tensor, aux: Tensor, *bias: Tensor
-    ) -> None:
-        if change == "no bias" and bias:
-            bias = (torch.zeros_like(bias[0]),)
-        if change == "derivative of another place" and not bias:
-            aux = aux.roll(1, 0)
-        product(self, a, b, out, aux, *bias)
-        if change == "another function" and bias:
-            out.copy_(nn.functional.gelu(3 * aux) / 3)
+    def linear_gelu(x: Tensor, w: Tensor, b: Tensor, tanh: bool) -> Any:
+        act, pre = right.linear_gelu(x, w, 0 * b if change == "no bias" else b, tanh)
+        return (nn.functional.gelu(3 * pre) / 3 if change == "another function" else act), pre
 
-    monkeypatch.setattr(cublaslt.Product, "__call__", changed)
+    def matmul_dgelu(dout: Tensor, w: Tensor, pre: Tensor, tanh: bool) -> Any:
+        moved = change == "derivative of another place"
+        return right.matmul_dgelu(dout, w, pre.roll(1, 0) if moved else pre, tanh)
+
+    kernels = SimpleNamespace(linear_gelu=linear_gelu, matmul_dgelu=matmul_dgelu)
+    monkeypatch.setattr(mlp, "_kernels", lambda: kernels)
     assert wrong in over(*gpu_results((3, 65, 64), torch.bfloat16))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@gpu
 @pytest.mark.parametrize("tanh", [True, False])
 def test_operands_may_be_unaligned_and_transposed(tanh: bool) -> None:
     x, dout, pre, weight, bias = (
@@ -295,10 +305,8 @@ def test_operands_may_be_unaligned_and_transposed(tanh: bool) -> None:
     )
     odd_x = torch.empty(65 * 64 + 1, device="cuda").bfloat16()[1:].view(65, 64).copy_(x)
     odd_dout, odd_weight = (t.t().contiguous().t() for t in (dout, weight))
-    operators = torch.ops.flashgpt
-    backward = operators.matmul_dgelu if tanh else operators.matmul_dgelu_sum
-    odd = operators.linear_gelu(odd_x, odd_weight, bias, tanh)
-    assert all(map(torch.equal, odd, operators.linear_gelu(x, weight, bias, tanh)))
-    odd = backward(odd_dout, odd_weight.t(), pre)
-    for found, wanted in zip(odd, backward(dout, weight.t().contiguous(), pre), strict=True):
-        assert torch.equal(found, wanted)
+    forward, backward = torch.ops.flashgpt.linear_gelu, torch.ops.flashgpt.matmul_dgelu
+    odd = forward(odd_x, odd_weight, bias, tanh)
+    assert all(map(torch.equal, odd, forward(x, weight, bias, tanh)))
+    odd = backward(odd_dout, odd_weight.t(), pre, tanh)
+    assert all(map(torch.equal, odd, backward(dout, weight.t().contiguous(), pre, tanh)))

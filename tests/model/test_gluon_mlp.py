@@ -1,0 +1,148 @@
+"""The feed-forward layer's kernels for Hopper. pytest tests/model/test_gluon_mlp.py
+
+Without a GPU they are compiled, for nothing interprets them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashgpt.model import mlp
+from tests.model.mlp_limits import SHAPES, backward_limits, case, excess, forward_limits
+
+pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+
+import triton
+
+from flashgpt.model import gluon_mlp, triton_mlp
+
+pytestmark = pytest.mark.skipif(
+    not triton.__version__.startswith(mlp.GLUON), reason="the Gluon of this Triton is not known"
+)
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")]
+# One round of tiles for some of the multiprocessors, and several for each, the last one not full.
+LARGE = [(1000, 768, 3072), (9000, 1280, 5120), (40000, 8, 1024)]
+
+
+def gpu(test: Any) -> Any:
+    return functools.reduce(lambda made, mark: mark(made), GPU, test)
+
+
+@gpu
+@pytest.mark.parametrize("tanh", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
+def test_they_are_tritons_bit_for_bit_and_err_by_roundings_only(
+    shape: tuple[int, int, int], dtype: torch.dtype, tanh: bool
+) -> None:
+    x, w1, b, dout, w2, pre = case(shape, dtype)
+    forward = gluon_mlp.linear_gelu(x, w1, b, tanh)
+    assert all(map(torch.equal, forward, triton_mlp.linear_gelu(x, w1, b, tanh)))
+    assert max(excess(forward, forward_limits(x, w1, b, tanh)).values()) <= 1
+    backward = gluon_mlp.matmul_dgelu(dout, w2, pre, tanh)
+    assert torch.equal(backward[0], triton_mlp.matmul_dgelu(dout, w2, pre, tanh)[0])
+    assert max(excess(backward, backward_limits(dout, w2, pre, tanh)).values()) <= 1
+
+
+@gpu
+def test_faults_are_seen() -> None:
+    x, w1, b, dout, w2, pre = case(SHAPES[2], torch.bfloat16)
+    forward = gluon_mlp.linear_gelu(x, w1, torch.zeros_like(b), False)
+    assert min(excess(forward, forward_limits(x, w1, b, False)).values()) > 1
+    backward = gluon_mlp.matmul_dgelu(dout, w2, pre.roll(1, 0), False)
+    assert min(excess(backward, backward_limits(dout, w2, pre, False)).values()) > 1
+
+
+@gpu
+def test_what_is_not_finite_stays_in_its_row() -> None:
+    *_, dout, w2, pre = case((1023, 72, 264), torch.bfloat16)
+    good = gluon_mlp.matmul_dgelu(dout, w2, pre, False)[0]
+    dout[300, 5] = torch.nan
+    bad, db = gluon_mlp.matmul_dgelu(dout, w2, pre, False)
+    assert bad[300].isnan().all() and db.isnan().all()
+    others = torch.arange(len(pre), device=pre.device) != 300
+    assert torch.equal(bad[others], good[others])
+
+
+@gpu
+def test_without_rows_there_is_nothing_to_add_up() -> None:
+    x, w1, b, dout, w2, pre = case((0, 16, 24), torch.float16)
+    assert gluon_mlp.linear_gelu(x, w1, b, False)[0].shape == (0, 24)
+    dpre, db = gluon_mlp.matmul_dgelu(dout, w2, pre, False)
+    assert dpre.shape == (0, 24) and db.shape == (24,) and not db.any()
+
+
+@gpu
+def test_bits_repeat_beside_other_work() -> None:
+    x, w1, b, dout, w2, pre = case((4096, 768, 3072), torch.bfloat16)
+
+    def run() -> tuple[Tensor, ...]:
+        forward = gluon_mlp.linear_gelu(x, w1, b, False)
+        return *forward, *gluon_mlp.matmul_dgelu(dout, w2, pre, False)
+
+    first, other = run(), torch.cuda.Stream()
+    for _ in range(100):
+        with torch.cuda.stream(other):
+            dout @ w2
+        assert all(map(torch.equal, first, run()))
+
+
+COMPILE = """
+import types
+import torch, triton
+from triton.backends.compiler import GPUTarget
+
+utils = types.SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 227 * 1024})
+triton.runtime.driver.set_active(types.SimpleNamespace(
+    get_current_target=lambda: GPUTarget("cuda", 90, 32), utils=utils,
+    get_current_device=lambda: 0, get_current_stream=lambda device: 0,
+))
+from flashgpt.model import gluon_mlp
+from flashgpt.model.gluon_mlp import CUT, REGISTERS, WARPS, _descriptor, _gemm_gelu
+
+def empty(*sizes, dtype=torch.bfloat16):
+    return torch.empty(sizes, dtype=dtype)
+
+m, f, d, _, stages = CUT
+M, F, D = 4096, 3072, 768
+ends = _descriptor(empty(M, F), m, f), _descriptor(empty(M, F), m, f)
+for backward in (False, True):
+    weight = _descriptor(empty(D, F), d, f) if backward else _descriptor(empty(F, D), f, d)
+    vector = empty(4, F, dtype=torch.float32) if backward else empty(F)
+    made = _gemm_gelu.warmup(
+        _descriptor(empty(M, D), m, d), weight, *ends, vector, M, F, D, stages, False, backward,
+        grid=(1,), num_warps=WARPS, maxnreg=REGISTERS,
+    )
+    ptx = made.asm["ptx"]
+    print(made.metadata.shared, *map(ptx.count, ("wgmma.mma_async", "setmaxnreg.inc", ".local")))
+"""
+
+
+@pytest.mark.slow
+def test_a_program_fits_a_multiprocessor_of_hopper(tmp_path: Path) -> None:
+    """By Triton's own assembler, without a GPU."""
+    found = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        capture_output=True,
+        text=True,
+        cwd=Path(gluon_mlp.__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    lines = [tuple(map(int, line.split())) for line in found.stdout.splitlines()]
+    assert len(lines) == 2
+    for shared, products, grown, local in lines:
+        # Each of two groups: two halves of a tile's rows, a depth of 16 at a time.
+        assert shared <= 227 * 1024 and products == 2 * 2 * (64 // 16) and grown and not local
