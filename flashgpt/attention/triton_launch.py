@@ -8,6 +8,7 @@ divisible by 16. A launch with the same integers, types and alignment needs the 
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _compiled: dict[tuple[Any, ...], Any] = {}
+_thread = threading.local()
 
 
 def launch(
@@ -41,10 +43,27 @@ def launch(
     key = (kernel, device, constants, *options.values(), *[_kind(x) for x in arguments])
     elsewhere = device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        _ensure_context(device)
         if (compiled := _compiled.get(key)) is None:
             _compiled[key] = kernel[grid](*arguments, *constants, **options)
         else:
             compiled[grid](*arguments, *constants)
+
+
+def _ensure_context(device: torch.device) -> None:
+    """Gives the thread a CUDA context, which descriptors are made in.
+
+    CUDA does so at a thread's first launch, and Triton when it loads a kernel. A thread of autograd
+    may begin with neither: with a descriptor, for a kernel that is loaded.
+    """
+    ready: set[torch.device] = _thread.__dict__.setdefault("ready", set())
+    if device not in ready:
+        _launch_any(device)
+        ready.add(device)
+
+
+def _launch_any(device: torch.device) -> None:
+    torch.zeros((), device=device)
 
 
 def _kind(x: Any) -> Any:

@@ -6,6 +6,7 @@ pytest tests/attention/test_triton_launch.py
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,9 +25,11 @@ class Kernel:
     Attributes:
         compiled: options of each compilation.
         launched: (grid, arguments) of each launch of compiled code.
+        begun: devices on which something else was launched first, for the sake of a context.
     """
 
     def __init__(self) -> None:
+        self.begun: list[torch.device] = []
         self.compiled: list[dict[str, Any]] = []
         self.launched: list[tuple[Any, ...]] = []
 
@@ -49,7 +52,28 @@ class Kernel:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(triton_launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    return Kernel()
+    monkeypatch.setattr(triton_launch, "_thread", threading.local())
+    made = Kernel()
+    monkeypatch.setattr(triton_launch, "_launch_any", made.begun.append)
+    return made
+
+
+def test_each_thread_has_a_context_on_each_device_before_a_launch(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    other = torch.device("cuda", 1)
+
+    def run() -> None:
+        for device in (CUDA, other, CUDA, other):
+            launch(kernel, 1, (torch.zeros(8),), (), device)
+
+    run()
+    assert kernel.begun == [CUDA, other]
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert kernel.begun == 2 * [CUDA, other]
 
 
 def test_an_equal_call_is_launched_as_it_was_compiled(kernel: Kernel) -> None:

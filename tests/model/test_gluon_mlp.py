@@ -9,6 +9,7 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,14 @@ pytestmark = pytest.mark.skipif(
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")]
-# One round of tiles for some of the multiprocessors, and several for each, the last one not full.
-LARGE = [(1000, 768, 3072), (9000, 1280, 5120), (40000, 8, 1024)]
+USUAL = (1000, 768, 3072)
+# Several rounds of tiles for each multiprocessor, the last one not full.
+LARGE = [(9000, 768, 3072), (40000, 8, 1024)]
+# Each kind of size is compiled anew, so not all kinds in all dtypes and forms.
+CASES = [
+    *((USUAL, dtype, tanh) for dtype in (torch.float16, torch.bfloat16) for tanh in (False, True)),
+    *((shape, torch.bfloat16, False) for shape in SHAPES + LARGE),
+]
 
 
 def gpu(test: Any) -> Any:
@@ -40,9 +47,7 @@ def gpu(test: Any) -> Any:
 
 
 @gpu
-@pytest.mark.parametrize("tanh", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "tanh"), CASES, ids=str)
 def test_they_are_tritons_bit_for_bit_and_err_by_roundings_only(
     shape: tuple[int, int, int], dtype: torch.dtype, tanh: bool
 ) -> None:
@@ -96,6 +101,22 @@ def test_bits_repeat_beside_other_work() -> None:
         with torch.cuda.stream(other):
             dout @ w2
         assert all(map(torch.equal, first, run()))
+
+
+@gpu
+def test_a_thread_may_begin_with_them() -> None:
+    *_, dout, w2, pre = case(USUAL, torch.bfloat16)
+    wanted = gluon_mlp.matmul_dgelu(dout, w2, pre, False)  # compiled and loaded
+    gluon_mlp.matmul_dgelu(
+        dout, w2, pre, False
+    )  # leaves memory, for which the thread asks CUDA not
+    found: list[tuple[Tensor, ...]] = []
+    thread = threading.Thread(
+        target=lambda: found.append(gluon_mlp.matmul_dgelu(dout, w2, pre, False))
+    )
+    thread.start()
+    thread.join()
+    assert all(map(torch.equal, *found, wanted))
 
 
 COMPILE = """
