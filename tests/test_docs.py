@@ -285,7 +285,7 @@ def test_steps_with_dropout_and_the_switch_off_are_those_of_the_raw_data() -> No
 
 def test_steps_of_other_shapes_are_those_of_the_raw_data() -> None:
     rows = []
-    names = ("speed", "large-batch", "small", "long", "eager", "medium", "medium-gelu-new")
+    names = ("speed", "large-batch", "small", "small-launched", "long", "eager", "medium")
     names += ("large", "large-nanogpt")
     for found in (raw(f"nanogpt-speed/{name}.json") for name in names):
         model = found["model"]
@@ -314,8 +314,11 @@ def test_where_the_milliseconds_go_is_what_the_raw_data_says() -> None:
     page = " ".join((ROOT / "docs/performance.md").read_text().split())
     nanogpt, ours = (statistics.median(row["ms"]) for row in rows)
     left, rest = nanogpt / 1.35, ours - parts[1]["products"]
+    (gelu,) = (k for k in rows[1]["profile"]["kernels"] if k["kernel"] == "_gemm_gelu")
+    flop = gelu["launches"] * 2 * 65536 * 768 * 3072
     for text in (
         f"{nanogpt / ours:.2f} times nanoGPT, which does GELU apart",
+        f"with it inside at {flop / gelu['ms'] / 1e9:.0f}.",
         f"would be {left:.0f} ms; what is not products takes {rest:.0f}, "
         f"so products with GELU would have to take {left - rest:.0f}, less than",
     ):
@@ -325,6 +328,60 @@ def test_where_the_milliseconds_go_is_what_the_raw_data_says() -> None:
     theirs, own = (f"{row['peak_bytes'] / 2**30:.1f} GiB" for row in rows)
     assert f"takes {ours:.1f} ms and {own} for 65,536 tokens" in readme
     assert f"nanoGPT's {nanogpt:.1f} ms and {theirs}" in readme
+
+
+def test_what_is_said_of_other_shapes_is_measured() -> None:
+    page = " ".join((ROOT / "docs/performance.md").read_text().split())
+
+    def rows(name: str) -> dict[str, dict[str, Any]]:
+        found = {row["way"]: row for row in raw(f"nanogpt-speed/{name}.json")["rows"]}
+        return {way: row | {"median": statistics.median(row["ms"])} for way, row in found.items()}
+
+    def kernels(row: dict[str, Any]) -> float:
+        return sum(kernel["ms"] for kernel in row["profile"]["kernels"])
+
+    slow, fast, medium = rows("small"), rows("small-launched"), rows("medium")
+    ours, parts = slow["ours-graph"], slow["ours-graph"]["profile"]["parts"]
+    gelu = sum(k["ms"] for k in ours["profile"]["kernels"] if k["kernel"] == "_gemm_gelu")
+    left = kernels(ours) - sum(ms for name, ms in parts.items() if name != "other")
+    large, theirs = rows("large")["ours"], rows("large-nanogpt")["nanogpt"]
+    profiled = rows("large-profile")["ours"], rows("large-nanogpt-profile")["nanogpt"]
+    tokens = [row["batch"] * 1.024 for row in profiled]  # thousands
+    with_gelu = [
+        sum(row["profile"]["parts"][name] for name in ("products", "activation")) / count
+        for row, count in zip(profiled, tokens, strict=True)
+    ]
+    whole = [row["median"] / count for row, count in zip(profiled, tokens, strict=True)]
+    for text in (
+        f"it took {slow['nanogpt']['median']:.1f} and {fast['nanogpt']['median']:.1f} ms on two "
+        f"hosts, its kernels {kernels(slow['nanogpt']):.1f}",
+        f"{slow['nanogpt']['median'] / ours['median']:.2f} times nanoGPT's speed in the one call, "
+        f"{fast['nanogpt']['median'] / fast['ours-graph']['median']:.2f} in the other",
+        f"Its kernels take {kernels(ours):.1f} ms: products {parts['products']:.1f}, of which "
+        f"GELU's {gelu:.1f}, attention {parts['attention']:.1f}, the update "
+        f"{parts['optimizer']:.1f}, norms {parts['norms']:.1f}, loss {parts['loss']:.1f}, "
+        f"and {left:.1f} of casts and sums",
+        f"1.3 times the faster host's would be {fast['nanogpt']['median'] / 1.3:.1f}",
+        f"32 rows: {medium['nanogpt']['median'] / medium['ours']['median']:.2f} times nanoGPT in "
+        f"{medium['ours']['peak_bytes'] / medium['nanogpt']['peak_bytes']:.0%} of".replace(
+            "%", " %"
+        ),
+        f"{large['tokens_per_second'] / theirs['tokens_per_second']:.2f} times the tokens a second",
+        f"products with GELU took {with_gelu[0]:.1f} ms per thousand tokens of ours and "
+        f"{with_gelu[1]:.1f} of nanoGPT's, of {whole[0]:.1f} and {whole[1]:.1f} in all",
+        f"All else took {whole[0] - with_gelu[0]:.1f} and {whole[1] - with_gelu[1]:.1f}",
+    ):
+        assert text in page
+
+
+def test_products_with_gelu_are_those_of_the_raw_data() -> None:
+    found = {(r["way"], r["gelu"], r["part"]): r["ms"] for r in raw("mlp/mlp.json")["rows"]}
+    columns = [(g, p) for g in ("gelu", "gelu_new") for p in ("forward", "backward")]
+    ways = ("product", "apart", "cublaslt", "triton 128 128 64 4 3", "gluon 128 128 64 4 5")
+    assert table("performance.md", "### GELU inside the products") == [
+        [way, *(f"{found[way, *c]:.3f}" if (way, *c) in found else "-" for c in columns)]
+        for way in ways
+    ]
 
 
 def test_steps_on_a_cpu_are_those_of_the_raw_data() -> None:
