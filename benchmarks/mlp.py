@@ -5,9 +5,9 @@
 
     product     the matrix product alone, by cuBLAS: the floor
     apart       then GELU or its derivative, then the sums, as torch.compile fuses them
-    triton ...  all in one kernel (flashgpt/model/triton_mlp.py), for each of TRITON_CUTS: rows,
-                columns and depth of a tile, warps, stages
-    gluon ...   the same on Hopper (flashgpt/model/gluon_mlp.py), for each of GLUON_CUTS
+    triton ...  all in one kernel (flashgpt/model/triton_mlp.py), for the cut that it has and each
+                of OTHER_CUTS: rows, columns and depth of a tile, warps, stages
+    gluon ...   the same (flashgpt/model/gluon_mlp.py), on Hopper
 
 bf16 on a GPU, in turns, medians over rounds. Each result is held to fp32: an error above what bf16
 rounds, of the norm or of the largest value, is WRONG and ends with status 1. A cut that fails is
@@ -37,18 +37,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from flashgpt.attention.measured import device_name
 from flashgpt.measure import failure
 from flashgpt.measure.clock import alternate, milliseconds
 from flashgpt.model import mlp, triton_mlp
-from flashgpt.model.triton_mlp import CUT, Cut
+from flashgpt.model.triton_mlp import Cut
 from flashgpt.train.checkpoint import write_json
 from flashgpt.train.record import versions
 
-TRITON_CUTS = (CUT, Cut(128, 128, 64, 8, 3), Cut(128, 256, 64, 8, 3))
-GLUON_CUTS = (Cut(128, 128, 64, 4, 5), Cut(128, 128, 64, 4, 4))  # the first ones are in use
+OTHER_CUTS = {
+    "triton": (Cut(128, 128, 64, 8, 3), Cut(128, 256, 64, 8, 3)),
+    "gluon": (Cut(128, 128, 64, 4, 4),),
+}
 FORMS = {"gelu": "none", "gelu_new": "tanh"}  # by our name of the activation
 PARTS = ("backward", "forward")
 ROUNDING = 2.0**-8  # of bf16, at most
@@ -78,11 +81,12 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     return wanted
 
 
-def languages(device: torch.device) -> dict[str, tuple[ModuleType, tuple[Cut, ...]]]:
-    """Kernels and their cuts, by language. Nothing interprets Gluon."""
-    found: dict[str, tuple[ModuleType, tuple[Cut, ...]]] = {"triton": (triton_mlp, TRITON_CUTS)}
-    if device.type == "cuda":
-        found["gluon"] = (importlib.import_module("flashgpt.model.gluon_mlp"), GLUON_CUTS)
+def languages(device: torch.device) -> dict[str, ModuleType]:
+    """The kernels that can run here, by language."""
+    found = {"triton": triton_mlp}
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == mlp.HOPPER
+    if hopper and triton.__version__.startswith(mlp.GLUON):
+        found["gluon"] = importlib.import_module("flashgpt.model.gluon_mlp")
     return found
 
 
@@ -144,9 +148,9 @@ class Case:
         compiled = torch.compile if self.device.type == "cuda" else lambda call: call
         found: dict[str, Way] = {"product": lambda: {"": product(*inputs)[0]}}
         found["apart"] = named(compiled(apart))
-        for name, (kernels, cuts) in languages(self.device).items():
+        for name, kernels in languages(self.device).items():
             kernel = kernels.linear_gelu if forward else kernels.matmul_dgelu
-            for cut in cuts:
+            for cut in (kernels.CUT, *OTHER_CUTS[name]):
                 found[way(name, cut)] = named(kernel, tanh, cut)
         return found
 
@@ -178,14 +182,14 @@ def error(found: Tensor, exact: Tensor) -> float:
     return max(float(ratio.nan_to_num(math.inf)) for ratio in ratios)
 
 
-def holds(row: Row) -> bool:
+def holds(row: Row, device: torch.device) -> bool:
     """Whether a row is right, or of a cut that nothing else uses."""
-    ours = row["way"] in (way("triton", TRITON_CUTS[0]), way("gluon", GLUON_CUTS[0]))
+    ours = row["way"] in (way(name, kernels.CUT) for name, kernels in languages(device).items())
     roundings = 2 if row["way"] == "apart" else 1  # the product is rounded, then the result
     return row["error"] <= roundings * ROUNDING if "ms" in row else not ours
 
 
-def show(rows: Sequence[Row], flop: float) -> None:
+def show(rows: Sequence[Row], flop: float, device: torch.device) -> None:
     """One table."""
     print(f"\n{rows[0]['part']}, {rows[0]['gelu']}")
     print(f"{'way':<24} {'ms':>8} {'range':>17} {'TFLOP/s':>8} {'error':>8}")
@@ -196,7 +200,7 @@ def show(rows: Sequence[Row], flop: float) -> None:
         spread = f"{min(row['all_ms']):.3f} .. {max(row['all_ms']):.3f}"
         print(
             f"{row['way']:<24} {row['ms']:>8.3f} {spread:>17} {flop / row['ms'] / 1e9:>8.0f} "
-            f"{row['error']:>8.5f}{'' if holds(row) else ' WRONG'}",
+            f"{row['error']:>8.5f}{'' if holds(row, device) else ' WRONG'}",
             flush=True,
         )
 
@@ -217,8 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = case.measure(part, form, wanted.rounds)
         record["rows"] += rows
         write_json(wanted.out / "mlp.json", record)
-        show(rows, 8.0 * wanted.rows * wanted.width**2)
-    right = all(map(holds, record["rows"]))
+        show(rows, 8.0 * wanted.rows * wanted.width**2, device)
+    right = all(holds(row, device) for row in record["rows"])
     kept = ("part", "gelu", "way", "ms", "error", "failed")
     brief = [{key: row[key] for key in kept if key in row} for row in record["rows"]]
     print(json.dumps({"right": right, "rows": brief}))

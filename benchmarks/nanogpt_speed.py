@@ -200,7 +200,11 @@ class Bench:
         row["ms"] = ms
         if self.wanted.profile:
             call, median = repeated(ready.plain, PROFILED), statistics.median(ms)
-            profile = step_parts.profile(call, PROFILED, self.device, median)
+            try:
+                profile = step_parts.profile(call, PROFILED, self.device, median)
+            except torch.OutOfMemoryError:  # beside a graph, whose memory stays
+                print(f"{row['way']}: no memory for a plain step to profile", flush=True)
+                return
             row["profile"] = dataclasses.asdict(profile)
 
     def _started(self, row: Row, p: float) -> Ready:

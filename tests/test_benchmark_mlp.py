@@ -26,7 +26,8 @@ OTHER = Cut(64, 64, 32, 4, 2)
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
     """Runs the script on a tiny shape: status and the object that it wrote."""
-    monkeypatch.setattr(script, "TRITON_CUTS", (CUT, OTHER))
+    monkeypatch.setattr(script, "OTHER_CUTS", {"triton": (OTHER,)})
+    monkeypatch.setattr(script, "languages", lambda device: {"triton": triton_mlp})
 
     def main() -> tuple[int, dict[str, Any]]:
         out = tmp_path / "made" / "here"

@@ -330,6 +330,10 @@ def test_a_step_is_one_graph_with_masks_of_its_own(
         ready.step()
         seeds.append(int(model.dropout_seed))
     assert StandIn.replays == 3 and len(set(seeds)) == 3
+    before = [p.clone() for p in model.parameters()]
+    ready.plain()
+    assert StandIn.replays == 3
+    assert not all(map(torch.equal, before, model.parameters()))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("too large"), RuntimeError("broken")])

@@ -38,9 +38,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from flashgpt.attention.triton_launch import launch
 from flashgpt.model.triton_mlp import Cut, dgelu, gelu
 
-GROUPS = gl.constexpr(2)
-WARPS = 4  # of a group, and parts of a tile's sums of columns
-CUT = Cut(128, 128, 64, WARPS, 5)
+GROUPS, WARPS = gl.constexpr(2), gl.constexpr(4)  # and warps of a group
+CUT = Cut(128, 128, 64, WARPS.value, 5)
 # Of a thread. The 2^16 of a multiprocessor are shared out evenly among both groups and a third one,
 # of which the warp that loads is part; then each says what it needs.
 REGISTERS = 168
@@ -87,7 +86,7 @@ def _multiply(
     m: gl.constexpr = ends.type.shape[1]
     f: gl.constexpr = ends.type.shape[2]
     d: gl.constexpr = a_stages.type.shape[2]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, f, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, f, 16])
     end = ends.index(which)
     steps = gl.cdiv(D, d)
     at = which * steps  # stages so far, the other group's too
@@ -146,9 +145,9 @@ def _end_backward(product, Dpre, Sums, end, row, column, F, TANH: gl.constexpr):
     dpre = product * dgelu(pre, TANH)
     _store(Dpre, dpre, end, row, column)
     # Rows 16 w to 16 w + 15 of each 64 are those of warp w, so nothing goes between warps.
-    by_warp = gl.sum(gl.sum(dpre.reshape([m // 64, 4, 16, f]), 0), 1)
+    by_warp = gl.sum(gl.sum(dpre.reshape([m // 16 // WARPS, WARPS, 16, f]), 0), 1)
     layout: gl.constexpr = by_warp.type.layout
-    part = row // m * 4 + gl.arange(0, 4, gl.SliceLayout(1, layout))
+    part = row // m * WARPS + gl.arange(0, WARPS, gl.SliceLayout(1, layout))
     at = column + gl.arange(0, f, gl.SliceLayout(0, layout))
     gl.store(Sums + part[:, None] * F + at[None, :], by_warp, (at < F)[None, :])
 
@@ -196,7 +195,7 @@ def _gemm_gelu(
             (_multiply, (1, results, buffers, barriers, F, D, count, TANH, BACKWARD)),
             (_load, ((A, B), buffers, barriers, F, D, count, BACKWARD)),
         ],
-        [4, 1],
+        [WARPS, 1],
         [GROUP_REGISTERS, LOAD_REGISTERS],
     )
 
@@ -218,7 +217,7 @@ def matmul_dgelu(
 ) -> tuple[Tensor, Tensor]:
     """As triton_mlp.matmul_dgelu."""
     dpre_MF = pre_MF.new_empty(pre_MF.shape)
-    parts = WARPS * math.ceil(len(pre_MF) / cut.m)
+    parts = cut.warps * math.ceil(len(pre_MF) / cut.m)
     sums_PF = pre_MF.new_empty(parts, pre_MF.shape[1], dtype=torch.float32)
     if len(pre_MF):
         factors = _descriptor(dout_MD, cut.m, cut.d), _descriptor(w_DF, cut.d, cut.f)
@@ -236,6 +235,7 @@ def _launch(
     *,
     backward: bool,
 ) -> None:
+    assert cut.warps == WARPS.value, f"a group has {WARPS.value} warps, got {cut.warps}"
     (rows, columns), width = out_MF.shape, factors[0].shape[1]
     ends = (_descriptor(t, cut.m, cut.f) for t in (pre_MF, out_MF))
     launch(
@@ -244,7 +244,7 @@ def _launch(
         (*factors, *ends, vector, rows, columns, width),
         (cut.stages, tanh, backward),
         out_MF.device,
-        num_warps=WARPS,
+        num_warps=cut.warps,
         maxnreg=REGISTERS,
     )
 

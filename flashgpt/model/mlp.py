@@ -5,7 +5,8 @@
 
 Done apart, GELU reads and writes more memory than all else between the products of a block. Here
 one operator is the first line up to act, another one dpre and the gradient of b1. On Hopper they
-are kernels in Gluon (gluon_mlp.py), or in Triton (triton_mlp.py) where its Gluon is not known.
+are kernels in Gluon (gluon_mlp.py), or in Triton (triton_mlp.py) for versions whose Gluon is not
+known.
 
 For autograd the gradient of `out` goes to `pre` at once, past `act`: so the two operators of the
 forward pass are `linear_gelu`, with gradients from `pre` alone, and `linear_of_gelu`, which takes
@@ -69,7 +70,9 @@ def serves(x_BTD: Tensor, fc: nn.Linear, gelu: nn.GELU, proj: nn.Linear) -> bool
 
 def _has_kernels(device: int) -> bool:
     """Whether a CUDA device, by its index, has them; -1 is the CPU."""
-    return _capability(device) == HOPPER and _triton_is_installed()
+    # AMD's GPUs count their capabilities anew.
+    ours = _capability(device) == HOPPER and torch.version.hip is None
+    return ours and _triton_is_installed()
 
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler.
@@ -195,8 +198,8 @@ def _matmul_dgelu_cuda(
 def _kernels() -> ModuleType:
     import triton
 
-    name = "gluon_mlp" if triton.__version__.startswith(GLUON) else "triton_mlp"
-    return importlib.import_module(f"flashgpt.model.{name}")
+    known = triton.__version__.startswith(GLUON) and not triton.knobs.runtime.interpret
+    return importlib.import_module(f"flashgpt.model.{'gluon_mlp' if known else 'triton_mlp'}")
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Products of the feed-forward layer with GELU, or its derivative, at their end: in Triton.
 
-Owns the kernels and their launches. mlp.py says where they serve, and imports this file when the
-first CUDA tensor comes, for it needs Triton.
+Owns GELU's arithmetic, which gluon_mlp.py takes from here, and kernels that serve where that file
+does not; mlp.py says where. Needs Triton.
 
     linear_gelu      pre = x W^T + b                   act = gelu(pre)
     matmul_dgelu     dpre = (dout W) * gelu'(pre)      db = column sums of dpre

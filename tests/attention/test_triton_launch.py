@@ -25,11 +25,12 @@ class Kernel:
     Attributes:
         compiled: options of each compilation.
         launched: (grid, arguments) of each launch of compiled code.
-        begun: devices on which something else was launched first, for the sake of a context.
+        begun: (device, the current one, kernels launched before) of each launch of something else
+            for the sake of a context.
     """
 
     def __init__(self) -> None:
-        self.begun: list[torch.device] = []
+        self.begun: list[tuple[torch.device, Any, int]] = []
         self.compiled: list[dict[str, Any]] = []
         self.launched: list[tuple[Any, ...]] = []
 
@@ -54,14 +55,25 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(triton_launch, "_thread", threading.local())
     made = Kernel()
-    monkeypatch.setattr(triton_launch, "_launch_any", made.begun.append)
+
+    def begin(device: torch.device) -> None:
+        launches = len(made.compiled) + len(made.launched)
+        made.begun.append((device, torch.cuda.current_device(), launches))
+
+    monkeypatch.setattr(triton_launch, "_launch_any", begin)
     return made
 
 
 def test_each_thread_has_a_context_on_each_device_before_a_launch(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "current_device", lambda: device.index)
+            yield
+
+    monkeypatch.setattr(torch.cuda, "device", on)
     other = torch.device("cuda", 1)
 
     def run() -> None:
@@ -69,11 +81,10 @@ def test_each_thread_has_a_context_on_each_device_before_a_launch(
             launch(kernel, 1, (torch.zeros(8),), (), device)
 
     run()
-    assert kernel.begun == [CUDA, other]
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert kernel.begun == 2 * [CUDA, other]
+    assert kernel.begun == [(CUDA, 0, 0), (other, 1, 1), (CUDA, 0, 4), (other, 1, 5)]
 
 
 def test_an_equal_call_is_launched_as_it_was_compiled(kernel: Kernel) -> None:

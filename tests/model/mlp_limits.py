@@ -5,16 +5,27 @@ Legend: M rows, D model width, F inner width.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 # Within a tile, past its ends in each direction, and more than two tiles in each.
 SHAPES = [(1, 8, 16), (63, 72, 136), (65, 200, 248), (128, 64, 128), (1023, 72, 264)]
 U = 2.0**-24  # half a unit of fp32
 
 Limited = dict[str, tuple[Tensor, Tensor]]  # name -> exact value, and how far off it may be
+
+
+def gpu(test: Any) -> Any:
+    """Marks a test that needs a Hopper GPU."""
+    marks = pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+    return functools.reduce(lambda made, mark: mark(made), marks, test)
 
 
 def case(

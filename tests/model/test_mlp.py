@@ -6,7 +6,6 @@ kernels.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from flashgpt.model import mlp
 from flashgpt.model.block import FeedForward
+from tests.model.mlp_limits import HOPPER, gpu
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == mlp.HOPPER
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")]
+GPU = (pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU"))
 FORMS = pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
 Layer = Callable[[Tensor], Tensor]
 
@@ -111,16 +110,39 @@ def test_it_is_for_training_in_half_precision_on_a_gpu() -> None:
 @FORMS
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize(
-    ("capability", "triton", "served"),
-    [(8, True, False), (9, True, True), (9, False, False), (10, True, False)],
+    ("change", "served"),
+    [
+        ({}, True),
+        ({"_capability": 8}, False),
+        ({"_capability": 10}, False),
+        ({"_triton_is_installed": False}, False),
+        ({"hip": "6.2"}, False),  # of which some have capability 9
+    ],
+    ids=str,
 )
 def test_it_is_for_hopper_with_triton(
-    capability: int, triton: bool, served: bool, activation: str, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any], served: bool, activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlp, "_capability", lambda device: capability)
-    monkeypatch.setattr(mlp, "_triton_is_installed", lambda: triton)
+    usual = {"_capability": 9, "_triton_is_installed": True, "hip": None} | change
+    monkeypatch.setattr(torch.version, "hip", usual.pop("hip"))
+    for name, value in usual.items():
+        monkeypatch.setattr(mlp, name, lambda *_, value=value: value)
     made, x = layers(8, activation=activation), torch.randn(2, 3, 8, dtype=torch.float64)
     assert mlp.serves(x, made.c_fc, made.gelu, made.c_proj) == served
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("change", ["no gradient", "fp32", "width", "no bias"])
+def test_else_it_is_three_layers(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp, "_triton_is_installed", lambda: True)
+    made = layers(12 if change == "width" else 8)
+    x = torch.randn(2, 3, made.c_fc.in_features, dtype=torch.float64)
+    if change == "fp32":
+        made, x = made.float(), x.float()
+    if change == "no bias":
+        made.c_proj = nn.Linear(32, 8, bias=False).double()
+    with torch.set_grad_enabled(change != "no gradient"):
+        assert not mlp.serves(x, made.c_fc, made.gelu, made.c_proj)
 
 
 @pytest.fixture
@@ -132,15 +154,26 @@ def choose() -> Iterator[Callable[[], Any]]:
 
 
 @pytest.mark.parametrize(
-    ("version", "name"), [("3.5.1", "triton_mlp"), ("3.6.0", "gluon_mlp"), ("3.10.0", "triton_mlp")]
+    ("version", "interpreted", "name"),
+    [
+        ("3.5.1", False, "triton_mlp"),
+        ("3.6.0", False, "gluon_mlp"),
+        ("3.6.0", True, "triton_mlp"),
+        ("3.10.0", False, "triton_mlp"),
+    ],
 )
 def test_gluon_is_taken_where_it_is_known(
-    version: str, name: str, choose: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+    version: str,
+    interpreted: bool,
+    name: str,
+    choose: Callable[[], Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     triton = pytest.importorskip("triton")
     if not triton.__version__.startswith(mlp.GLUON):
         pytest.skip(f"the Gluon of Triton {triton.__version__} is not known")
     monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", interpreted)
     assert choose().__name__ == f"flashgpt.model.{name}"
 
 
@@ -255,10 +288,6 @@ def gpu_results(
         found, usual = results(made, made, x, dout), results(apart(made), made, x, dout)
     exact = results(apart(exact_of), exact_of, x.double().cpu(), dout.double().cpu())
     return found, usual, exact
-
-
-def gpu(test: Any) -> Any:
-    return functools.reduce(lambda made, mark: mark(made), GPU, test)
 
 
 @gpu

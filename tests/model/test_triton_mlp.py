@@ -22,16 +22,17 @@ pytest.importorskip("triton")
 from flashgpt.model import triton_mlp
 from tests.model.mlp_limits import (
     DEVICE,
+    HOPPER,
     SHAPES,
     U,
     backward_limits,
     case,
     excess,
     forward_limits,
+    gpu,
 )
 
 ON_GPU = torch.cuda.is_available()
-HOPPER = ON_GPU and torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.skipif(ON_GPU and not HOPPER, reason="the kernels are cut for Hopper")
 DTYPES = [torch.float16, torch.bfloat16 if ON_GPU else torch.float32]
 TANH = pytest.mark.parametrize("tanh", [False, True])
@@ -114,8 +115,7 @@ def test_without_rows_there_is_nothing_to_add_up() -> None:
     assert dpre.shape == (0, 24) and db.shape == (24,) and not db.any()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@gpu
 def test_bits_repeat() -> None:
     x, w1, b, dout, w2, pre = case((4096, 768, 3072), torch.bfloat16)
 
