@@ -9,6 +9,7 @@ it predicts with.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -67,8 +68,8 @@ class Setup:
             raise ValueError(f"margin must be in [0, 1), got {self.margin:g}")
         if self.limit_bytes <= 0:
             raise ValueError(f"memory must be positive, got {self.limit_bytes}")
-        if self.seconds <= 0:
-            raise ValueError(f"seconds must be positive, got {self.seconds:g}")
+        if not 0 < self.seconds < math.inf:
+            raise ValueError(f"seconds must be positive and finite, got {self.seconds:g}")
         runtime.autocast_dtype(self.train.precision, self.device)  # refuses now what it would then
 
     @property

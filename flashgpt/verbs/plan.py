@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -107,6 +108,8 @@ def _setup(args: Args) -> Setup:
     from flashgpt.measure.plan import Setup
     from flashgpt.train.runtime import device
 
+    if args.memory is not None and not 0 < args.memory < math.inf:
+        raise ValueError(f"memory must be positive and finite (GiB), got {args.memory:g}")
     here = device(args.train.device)
     limit = free_bytes(here) if args.memory is None else round(args.memory * GIB)
     return Setup(_shape(args.run), args.train, here, limit, args.margin, args.seconds)
@@ -273,6 +276,8 @@ def _show_choice(out: Console, run: RunConfig, result: Result, written: Path | N
         )
         return
     out.print(f"\nrecommended: {result.best.way}, micro-batch {result.best.micro_batch}")
+    if len(result.rows) == 1:
+        out.print("  (nothing else was measured; more --seconds compares more)")
     for line in _changes(run, _chosen(run, result.best)):
         out.print(f"  {line}")
     out.print(f"written to {written}; train with it: flashgpt train {written} --out runs/planned")

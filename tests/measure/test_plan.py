@@ -177,7 +177,7 @@ def test_a_model_that_does_not_fit_leaves_nothing(monkeypatch: pytest.MonkeyPatc
     [
         ({"margin": 1.0}, r"margin must be in \[0, 1\), got 1"),
         ({"limit_bytes": 0}, "memory must be positive, got 0"),
-        ({"seconds": 0.0}, "seconds must be positive, got 0"),
+        ({"seconds": 0.0}, "seconds must be positive and finite, got 0"),
     ],
 )
 def test_a_setup_that_cannot_be_measured(changes: dict[str, Any], says: str) -> None:

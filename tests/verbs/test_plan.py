@@ -66,6 +66,7 @@ def test_the_config_is_the_one_given_with_the_choice_and_is_never_overwritten(cl
     assert config.model.use_flash is (None if best["use_flash"] else False)
     assert config.model.n_layers == 1 and config.data.tokenizer == "bytes"
     assert f"  train.micro_batch = {best['micro_batch']} (was left out)" in shown
+    assert "nothing else was measured" not in shown
     assert "train.seed" not in shown
     before = Path("plan/run.toml").read_bytes()
     again = cli("plan", "plan/run.toml", "--json")
@@ -73,6 +74,11 @@ def test_the_config_is_the_one_given_with_the_choice_and_is_never_overwritten(cl
     assert json.loads(again.out)["config"] == "plan/run-2.toml"
     assert Path("plan/run.toml").read_bytes() == before
     assert load_toml("plan/run-2.toml").train.seed == 5
+
+
+def test_a_choice_of_one_is_said_to_be_one(cli: Cli) -> None:
+    hint = "nothing else was measured; more --seconds compares more"
+    assert hint in cli(*TINY, "--seconds", "0.001").done()
 
 
 def test_what_does_not_fit_is_shown_and_nothing_is_written(cli: Cli) -> None:
@@ -95,8 +101,12 @@ WRONG: list[tuple[str, int, list[str]]] = [
     ("missing.toml", 2, ["missing.toml cannot be read"]),
     ("my.txt", 2, ["my.txt is no TOML file"]),
     ("--margin 1", 2, ["margin must be in [0, 1), got 1"]),
-    ("--memory 0", 2, ["memory must be positive, got 0"]),
-    ("--seconds 0", 2, ["seconds must be positive, got 0"]),
+    ("--memory 0", 2, ["memory must be positive and finite (GiB), got 0"]),
+    ("--memory -1", 2, ["memory must be positive and finite (GiB), got -1"]),
+    ("--memory inf", 2, ["memory must be positive and finite (GiB), got inf"]),
+    ("--memory nan", 2, ["memory must be positive and finite (GiB), got nan"]),
+    ("--seconds 0", 2, ["seconds must be positive and finite, got 0"]),
+    ("--seconds nan", 2, ["seconds must be positive and finite, got nan"]),
     ("--cluster.tflops 0", 2, ["cluster.tflops must be positive, got 0"]),
     ("--train.tokens-per-step 100", 2, ["train.tokens_per_step must be a multiple"]),
     ("--train.precision bf16", 2, ["train.precision must be fp32 (or auto) on the CPU"]),
