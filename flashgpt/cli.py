@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import stat
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +34,9 @@ COMPILE = ("demo", "plan", "train", "verify")
 PARALLEL = ("train",)  # may run in several processes
 OLDEST_TORCH = (2, 9)
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+# Seconds for which a process that says nothing waits: as soon as one has left torchrun ends the
+# others, also one that is about to speak.
+PATIENCE = 20.0
 
 
 class UsageError(Exception):
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _report(error, WRONG_USAGE, debug)
     except KeyboardInterrupt:
-        print("\nflashgpt: interrupted", file=sys.stderr)
+        print(f"\n{_name()}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader (head, less) has gone; what is left to print goes nowhere.
@@ -126,11 +130,17 @@ def _report(error: Exception, status: int, debug: bool) -> int:
     if isinstance(error, OSError) and error.strerror:  # without "[Errno 28]"
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = " ".join(text.split()) or type(error).__name__
-    launch = Launch.here()
-    who = f"flashgpt[{launch.rank}]" if launch.size > 1 else "flashgpt"
-    if launch.rank == 0 or status != WRONG_USAGE:  # which all processes see alike
-        print(f"{who}: {text}", file=sys.stderr)
+    if status == WRONG_USAGE and Launch.here().local_rank > 0:  # all processes see it alike
+        time.sleep(PATIENCE)
+    else:
+        print(f"{_name()}: {text}", file=sys.stderr)
     return status
+
+
+def _name() -> str:
+    """Who speaks: the program, or one of its processes."""
+    launch = Launch.here()
+    return f"flashgpt[{launch.rank}]" if launch.size > 1 else "flashgpt"
 
 
 def _overview() -> str:

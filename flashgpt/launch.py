@@ -17,6 +17,8 @@ class Launch:
         local_rank: its number on this machine, from 0.
         restarts: how often torchrun has started the processes of this machine anew.
         most_restarts: torchrun's `--max-restarts`.
+        name: of this launch by torchrun, the same after a restart; of another one a different one,
+            unless a --rdzv-id was given twice.
         machines: on which it runs.
         keeps_store: whether torchrun's own store, where processes find each other, outlives a
             restart, with the addresses of processes that are gone
@@ -28,6 +30,7 @@ class Launch:
     local_rank: int = 0
     restarts: int = 0
     most_restarts: int = 0
+    name: str | None = None
     machines: int = 1
     keeps_store: bool = False
 
@@ -45,6 +48,7 @@ class Launch:
             local_rank=_number("LOCAL_RANK"),
             restarts=_number("TORCHELASTIC_RESTART_COUNT"),
             most_restarts=_number("TORCHELASTIC_MAX_RESTARTS"),
+            name=os.environ.get("TORCHELASTIC_RUN_ID"),
             machines=_number("GROUP_WORLD_SIZE", 1),
             keeps_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )

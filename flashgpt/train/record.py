@@ -6,6 +6,7 @@ incidents/      a folder per step that the guard left out
 loss.png        drawn from metrics.jsonl
 samples.txt     text drawn from the model
 state.json      last and best checkpoint, versions, revision, which kernels served
+launch          by torchrun: which launch trained last, so that a restart knows its own run
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from flashgpt.train import checkpoint, runtime
 from flashgpt.train.parallel import ALONE
 from flashgpt.train.parts import Parts
 
+LAUNCH = "launch"  # in a run's folder: the launch by torchrun that trained there last
 # What a resumed run may not change: these make the batches, the masks and the optimizer's state.
 FIXED = ("seed", "tokens_per_step", "optimizer")
 # What it may change without a word: it takes part in no step. What several processes change they
@@ -33,6 +34,28 @@ def check_start(config: TrainConfig, out: Path, resume: bool) -> None:
     runtime.autocast_dtype(config.precision, runtime.device(config.device))
     if not resume and checkpoint.steps(out):
         raise ValueError(f"{out} holds checkpoints; go on with --resume, or choose another --out")
+
+
+def mark(out: Path, launch: str | None) -> None:
+    """Notes which launch trains in a run's folder; None is no torchrun."""
+    if launch is None:
+        (out / LAUNCH).unlink(missing_ok=True)
+    else:
+        checkpoint.write_text(out / LAUNCH, launch)
+
+
+def is_of(out: Path, launch: str | None, restarted: bool) -> bool:
+    """Whether a launch, before it was restarted, trained in a folder.
+
+    A mark with this name that was there before the first start is another launch's: it goes.
+    """
+    try:
+        same = launch is not None and (out / LAUNCH).read_text(encoding="utf-8") == launch
+    except FileNotFoundError:
+        return False
+    if same and not restarted:
+        (out / LAUNCH).unlink()
+    return same and restarted
 
 
 def go_on(

@@ -13,6 +13,7 @@ from pathlib import Path
 from flashgpt.attention import kernels
 from flashgpt.data.batches import Batches, eval_windows
 from flashgpt.data.shards import TokenData
+from flashgpt.launch import Launch
 from flashgpt.locks import BusyError, alone
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import RunConfig, TrainConfig
@@ -23,7 +24,7 @@ from flashgpt.train.loop import COPIES, Listener, Result, Run
 from flashgpt.train.parallel import ALONE, Parallel
 from flashgpt.train.parts import build
 from flashgpt.train.record import Record
-from flashgpt.train.resume import check_start, go_on
+from flashgpt.train.resume import check_start, go_on, mark
 from flashgpt.train.saver import HostCopies, Saver
 from flashgpt.train.step import Forward, Stepper, pays_as_graph
 
@@ -99,6 +100,7 @@ class Trainer:
         n_bytes = sum(parameter.nbytes for parameter in self.parts.model.parameters())
         checkpoint.check_space(out, COPIES * n_bytes)
         checkpoint.remove_temporaries(out)
+        mark(out, Launch.here().name)
 
     def _fit(
         self,

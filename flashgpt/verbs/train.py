@@ -70,6 +70,12 @@ def read(argv: Sequence[str]) -> Args:
             raise UsageError(
                 f"{found} is missing; name the TOML file to go on with before --resume"
             )
+        named = any(argument.split("=")[0] == "--data.source" for argument in argv)
+        if not (has_checkpoints or found.exists() or named):
+            raise UsageError(
+                f"{folder} holds no run to go on with; choose another --out, or name the TOML file "
+                "to start one with before --resume"
+            )
         if found.exists():
             base = load_toml(found)
             # Where the run was to stop that time; now it goes on.
@@ -129,16 +135,19 @@ def main(argv: Sequence[str]) -> int:
         return _replay(Path(args.replay), args.run)
     from flashgpt.train import runtime
     from flashgpt.train.parallel import started
+    from flashgpt.train.resume import is_of
 
     config = args.run.train
     with started(config.parallel, runtime.device(config.device)) as parallel:
-        if parallel.largest(launch.restarts):  # torchrun counts on each machine by itself
+        # torchrun counts on each machine by itself.
+        restarted = parallel.largest(launch.restarts) > 0
+        if parallel.lead(lambda: is_of(Path(args.out), launch.name, restarted)):
             args = _restarted(args)
         return _train(args, parallel)
 
 
 def _restarted(args: Args) -> Args:
-    """What torchrun starts again goes on, whatever the command line says of that.
+    """A run that torchrun starts again goes on, whatever the command line says of that.
 
     A run that started from other weights has them, and its tokenizer, as its own config says.
     """

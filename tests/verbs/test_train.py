@@ -60,6 +60,15 @@ def test_a_stop_holds_for_one_start(copied: Any) -> None:
     assert again.train.stop_at == 9
 
 
+def test_resume_without_a_run_needs_to_know_what_to_train(tmp_path: Path, cli: Cli) -> None:
+    """A mistyped --out begins nothing; where it is said what to begin, a first start is none."""
+    wrong = cli("train", "--resume", "--out", tmp_path / "mistyped").error(2)
+    assert f"{tmp_path / 'mistyped'} holds no run to go on with; choose another --out" in wrong
+    assert not (tmp_path / "mistyped").exists()
+    source = ["--data.source", "my.txt"]
+    assert read(["--resume", "--out", str(tmp_path), *source]).data.source == ("my.txt",)
+
+
 def test_resume_with_a_file_takes_the_file(tmp_path: Path, trained: Any) -> None:
     (tmp_path / "other.toml").write_text("[train]\nsteps = 99\n")
     args = read([str(tmp_path / "other.toml"), "--resume", "--out", str(trained.folder)])
