@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,10 +29,14 @@ def check_start(config: TrainConfig, out: Path, resume: bool) -> None:
     """Refuses early what would fail after the data has been prepared.
 
     Raises:
-        ValueError: `out` holds checkpoints and `resume` is off, or a device or precision that this
-            machine does not have.
+        ValueError: `out` holds checkpoints and `resume` is off, it cannot be written, or a device
+            or precision that this machine does not have.
     """
     runtime.autocast_dtype(config.precision, runtime.device(config.device))
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        reason = "cannot be written" if there.is_dir() else "is a file"
+        raise ValueError(f"{there} {reason}; choose another --out")
     if not resume and checkpoint.steps(out):
         raise ValueError(f"{out} holds checkpoints; go on with --resume, or choose another --out")
 

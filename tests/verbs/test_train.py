@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,24 @@ def test_a_stop_holds_for_one_start(copied: Any) -> None:
     assert read(["--resume", "--out", str(copied.folder)]).train.stop_at is None
     again = read(["--resume", "--out", str(copied.folder), "--train.stop-at", "9"])
     assert again.train.stop_at == 9
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_text_is_prepared(
+    tmp_path: Path, cli: Cli, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    prepared: list[Any] = []
+    monkeypatch.setattr("flashgpt.data.prepare.prepare", lambda *given, **_: prepared.append(given))
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        refused = cli("train", *options, "--out", out).error(1)
+        assert f"{tmp_path / 'file'} is a file; choose another --out" in refused
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode)
+    )
+    refused = cli("train", *options, "--out", tmp_path / "some" / "run").error(1)
+    assert f"{tmp_path} cannot be written; choose another --out" in refused
+    assert not prepared and not (tmp_path / "some").exists()
 
 
 def test_resume_without_a_run_needs_to_know_what_to_train(tmp_path: Path, cli: Cli) -> None:
