@@ -138,7 +138,7 @@ WRONG: list[tuple[str, int, list[str]]] = [
     ("train --data.source BINARY", 1, ["must be UTF-8 text", "BINARY"]),
     ("train --data.source TEXT --data.tokenizer nosuch", 1, ["tokenizer must be", "'nosuch'"]),
     ("train --data.source SHORT --data.tokenizer bytes", 1, ["at least 129 tokens", "got 96"]),
-    ("train --data.source TEXT --data.tokenizer bytes --out TEXT", 1, ["TEXT: File exists"]),
+    ("train --data.source TEXT --data.tokenizer bytes --out TEXT", 1, ["TEXT is a file; choose"]),
     ("train --data.source TEXT --data.tokenizer bytes --out RUN", 1, ["RUN holds checkpoints"]),
     ("prepare", 2, ["data.source must name at least one file"]),
     ("prepare TEXT --vocab-size 3", 2, ["data.vocab_size must be at least 257", "got 3"]),
