@@ -384,6 +384,15 @@ def test_products_with_gelu_are_those_of_the_raw_data() -> None:
     ]
 
 
+def test_the_cut_of_the_products_that_is_reported_is_in_use() -> None:
+    pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+    from benchmarks import mlp
+    from flashgpt.model import gluon_mlp
+
+    rows = table("performance.md", "### GELU inside the products")
+    assert rows[-1][0] == mlp.way("gluon", gluon_mlp.CUT)
+
+
 def test_steps_on_a_cpu_are_those_of_the_raw_data() -> None:
     first, second = (raw(f"nanogpt-speed-cpu/{name}.json")["rows"] for name in ("speed", "profile"))
     assert table("performance.md", "## On two CPU cores") == [
