@@ -70,8 +70,7 @@ def read(argv: Sequence[str]) -> Args:
             raise UsageError(
                 f"{found} is missing; name the TOML file to go on with before --resume"
             )
-        named = any(argument.split("=")[0] == "--data.source" for argument in argv)
-        if not (has_checkpoints or found.exists() or named):
+        if not (has_checkpoints or found.exists() or _names(argv, "--data.source")):
             raise UsageError(
                 f"{folder} holds no run to go on with; choose another --out, or name the TOML file "
                 "to start one with before --resume"
@@ -80,7 +79,7 @@ def read(argv: Sequence[str]) -> Args:
             base = load_toml(found)
             # Where the run was to stop that time; now it goes on.
             base = dataclasses.replace(base, train=dataclasses.replace(base.train, stop_at=None))
-    elif any(argument.split("=")[0] == "--replay" for argument in argv):
+    elif _names(argv, "--replay"):
         from flashgpt.train.incident import Incident
 
         base = Incident.load(Path(str(parse(Args, "train", argv, __doc__).replay))).config
@@ -97,9 +96,13 @@ def read(argv: Sequence[str]) -> Args:
 def without_other_preset(base: RunConfig, argv: Sequence[str]) -> RunConfig:
     """A file's config without its model, where the command line names a preset: the model's other
     keys belong to the preset of the file."""
-    if any(argument.split("=")[0] == "--model.preset" for argument in argv):
+    if _names(argv, "--model.preset"):
         return dataclasses.replace(base, model=ModelConfig())
     return base
+
+
+def _names(argv: Sequence[str], option: str) -> bool:
+    return any(argument.split("=")[0] == option for argument in argv)
 
 
 def load(name: str) -> RunConfig:
