@@ -124,6 +124,10 @@ def test_a_restart_before_there_is_a_run_begins_one(
 ) -> None:
     for name, value in {**FIRST, "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
+    (tmp_path / "file").touch()
+    assert "is a file; choose another" in cli("train", *options, "--out", tmp_path / "file").error(
+        1
+    )
     cli("train", *options, "--out", tmp_path / "run", "--train.steps", 2).done()
     monkeypatch.delenv("RANK")
     cli("train", "--resume", "--out", tmp_path / "run", "--train.steps", 3).done()

@@ -56,7 +56,7 @@ def is_of(out: Path, launch: str | None, restarted: bool) -> bool:
     """
     try:
         same = launch is not None and (out / LAUNCH).read_text(encoding="utf-8") == launch
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     if same and not restarted:
         (out / LAUNCH).unlink()
