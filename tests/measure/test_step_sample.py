@@ -74,6 +74,8 @@ def test_the_step_is_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(step, "backward", watched)
     monkeypatch.setattr(Guard, "judge", lambda *args: judged.append(1) or judge(*args))
+    monkeypatch.setattr(step_sample, "STEP_SECONDS", 1e9)  # no step is so slow
+    monkeypatch.setattr(step_sample, "SLOW_SECONDS", 1e9)
     found = sample(4)
     assert found.micro_batches == 4 and set(map(tuple, seen)) == {
         (torch.Size([4, 16]),) * 2,  # memory
