@@ -200,18 +200,6 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), out=out)
 
 
-@torch.library.custom_op("flashgpt::linear_cross_entropy_backward", mutates_args=())
-def _backward(dloss: Tensor, dx_MD: Tensor, dw_VD: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """An operator of its own, so that a second derivative is refused instead of wrong."""
-    scale = dloss / total
-    if dx_MD.is_cuda:
-        # As an array of one element, not a number, fp32 makes the product fp32: rounded once.
-        scale = scale.reshape(1)
-        dx, dw = (torch.mul(d, scale, out=torch.empty_like(d)) for d in (dx_MD, dw_VD))
-        return dx, dw
-    return dx_MD * scale.to(dx_MD.dtype), dw_VD * scale.to(dw_VD.dtype)
-
-
 @_forward.register_fake
 def _(
     x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, need_grad: bool
@@ -223,17 +211,17 @@ def _(
     return loss, torch.empty_like(x), torch.empty_like(weight), total
 
 
-@_backward.register_fake
-def _(dloss: Tensor, dx: Tensor, dw: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(dx), torch.empty_like(dw)
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:])
 
 
 def _autograd(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    dx_MD, dw_VD = _backward(dloss, *ctx.saved_tensors)
+    if torch.is_grad_enabled():
+        raise RuntimeError("the loss in one pass with its output head has no second derivative")
+    *gradients, total = ctx.saved_tensors
+    # As an array of one element, not a number, fp32 makes the product fp32: rounded once.
+    scale = (dloss / total).reshape(1)
+    dx_MD, dw_VD = (torch.mul(d, scale, out=torch.empty_like(d)) for d in gradients)
     return dx_MD, dw_VD, None, None, None
 
 

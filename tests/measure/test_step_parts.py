@@ -50,7 +50,7 @@ PATHS = [
     ("triton_per_fused__softmax_backward_data_mul_7/", "attention"),
     (f"{LOSS}aten::softmax/aten::_softmax/", "loss"),
     (f"{LOSS}aten::to/aten::_to_copy/aten::copy_/", "loss"),
-    ("flashgpt::linear_cross_entropy_backward/aten::mul/", "loss"),
+    ("GeneratedBackwardFor_flashgpt_linear_cross_entropy_default/aten::mul/", "loss"),
     ("GPT2LMHeadModel/aten::cross_entropy_loss/aten::log_softmax/aten::_log_softmax/", "loss"),
     ("triton_red_fused__log_softmax__to_copy_nll_loss_forward_19/", "loss"),
     ("NllLossBackward0/aten::nll_loss_backward/", "loss"),

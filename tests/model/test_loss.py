@@ -106,10 +106,9 @@ def test_huge_logits_stay_finite() -> None:
 
 def test_a_second_derivative_is_refused_not_wrong() -> None:
     x, weight, targets = inputs()
-    x.requires_grad_()
-    (dx,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        torch.autograd.grad(dx.square().sum(), x)
+    loss = linear_cross_entropy(x.requires_grad_(), weight, targets)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, x, create_graph=True)
 
 
 def test_gradients_of_either_input_alone_and_none_without_grad() -> None:
@@ -164,8 +163,6 @@ def test_the_operator_is_well_formed(need_grad: bool) -> None:
         x, weight = x.requires_grad_(), weight.requires_grad_()
     arguments = (x, weight, targets, torch.float32, need_grad)
     torch.library.opcheck(loss_module._forward, arguments)
-    given = (torch.tensor(2.0), x.detach(), weight.detach(), torch.tensor(41.0))
-    torch.library.opcheck(loss_module._backward, given)
 
 
 def test_half_precision_and_autocast_sum_in_fp32() -> None:

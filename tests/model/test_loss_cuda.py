@@ -183,9 +183,9 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_twice() -> None:
 
 def test_a_second_derivative_is_refused() -> None:
     x, weight, targets = inputs()
-    (dx,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        torch.autograd.grad(dx.square().sum(), x)
+    loss = linear_cross_entropy(x, weight, targets)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, x, create_graph=True)
 
 
 def test_the_logits_of_the_whole_batch_are_never_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,10 +213,8 @@ def test_rows_beyond_32_bits_are_reached() -> None:
 
 
 @pytest.mark.parametrize("need_grad", [False, True])
-def test_the_operators_are_well_formed(need_grad: bool) -> None:
+def test_the_operator_is_well_formed(need_grad: bool) -> None:
     x, weight, targets = (
         t.detach().requires_grad_(t.requires_grad and need_grad) for t in inputs()
     )
     torch.library.opcheck(loss_module._forward, (x, weight, targets, torch.float32, need_grad))
-    one, many = torch.tensor([2.0, 41.0], device="cuda")
-    torch.library.opcheck(loss_module._backward, (one, x.detach(), weight.detach(), many))
