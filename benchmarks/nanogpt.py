@@ -17,9 +17,10 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
+import math
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -155,9 +156,10 @@ def own_name(name: str) -> str:
     return name.removeprefix(PREFIX)
 
 
-def own_weights(model: nn.Module) -> dict[str, Tensor]:
-    """nanoGPT's weights under our names; matrices are [out, in] on both sides."""
-    return {own_name(name): tensor for name, tensor in model.state_dict().items()}
+def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of nanoGPT's model, or moments, under our names; matrices are [out, in] on both
+    sides."""
+    return {own_name(name): tensor for name, tensor in tensors.items()}
 
 
 def decayed(made: Optimizer) -> dict[str, float]:
@@ -168,3 +170,14 @@ def decayed(made: Optimizer) -> dict[str, float]:
         for group in part.param_groups
         for parameter in group["params"]
     }
+
+
+def check_decays(peer: Optimizer, own: Optimizer) -> None:
+    """Refuses optimizers that do not decay the same parameters alike."""
+    theirs, ours = decayed(peer), decayed(own)
+    # The head's weight is the embedding's; each side names it as it meets it first.
+    for decays in (theirs, ours):
+        decays["wte.weight"] = decays.pop("lm_head.weight", decays.get("wte.weight", math.nan))
+    if theirs != ours:
+        odd = sorted(name for name, _ in set(theirs.items()) ^ set(ours.items()))[0]
+        raise ValueError(f"both sides must decay {odd} alike, got another model.py")

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 PEER, CONTROL, OWN = "nanogpt", "control", "ours"
+CONTROL_BESIDE, OWN_BESIDE = f"{CONTROL} beside", f"{OWN} beside"
+SPAN = 10  # steps, behind which what runs beside nanoGPT is made equal to it
 COLOURS = {PEER: "#e8a87c", OWN: "#1f5a93", CONTROL: "#8f8f8f"}
 LIMIT = 0.005
 FIRST_LIMIT = {"bf16": 1e-3, "fp32": 1e-5}
@@ -39,6 +41,7 @@ def judge(runs: Sequence[Run], first_limit: float) -> dict[str, Any]:
             "holds": all(abs(value) <= first_limit for value in first),
         }
     }
+    claims["drift"] = _drift(runs)
     for name in JUDGED:
         apart = [ours[name] - theirs[name] for theirs, ours in pairs]
         values = [run[name] for run in peer]
@@ -54,6 +57,30 @@ def judge(runs: Sequence[Run], first_limit: float) -> dict[str, Any]:
             "holds": bool(abs(mean) <= LIMIT and abs(mean) <= spread),
         }
     return claims
+
+
+def _ends(steps: int) -> list[int]:
+    """The last step of each span."""
+    return [min(first + SPAN, steps) - 1 for first in range(0, steps, SPAN)]
+
+
+def _drift(runs: Sequence[Run]) -> dict[str, Any]:
+    """What is apart before each time that it is made equal, added up over a run."""
+
+    def drifts(side: str) -> list[float]:
+        pairs = zip(of_side(runs, PEER), of_side(runs, side), strict=True)
+        apart = [np.subtract(other["losses"], theirs["losses"]) for theirs, other in pairs]
+        return [float(values[_ends(len(values))].sum()) for values in apart]
+
+    found = drifts(OWN_BESIDE)
+    mean = statistics.fmean(found)
+    return {
+        "differences": found,
+        "mean_difference": mean,
+        "control_differences": drifts(CONTROL_BESIDE),
+        "limit": LIMIT,
+        "holds": bool(abs(mean) <= LIMIT),
+    }
 
 
 def show(record: dict[str, Any]) -> None:
@@ -73,6 +100,13 @@ def show(record: dict[str, Any]) -> None:
     verdict = {True: "holds", False: "FAILS"}
     print(f"first step: largest difference {largest:.1e}, limit {first['limit']:.0e}: ", end="")
     print(verdict[first["holds"]])
+    claim = record["claims"]["drift"]
+    told = " ".join(f"{value:+.5f}" for value in claim["differences"])
+    controls = " ".join(f"{value:+.5f}" for value in claim["control_differences"])
+    print(
+        f"drift: {told} (of the control {controls}), mean {claim['mean_difference']:+.5f}, "
+        f"limit {claim['limit']:g}: {verdict[claim['holds']]}"
+    )
     for name in JUDGED:
         claim = record["claims"][name]
         print(
@@ -82,7 +116,7 @@ def show(record: dict[str, Any]) -> None:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Losses of all seeds above, differences below, as a PNG.
+    """Losses of all seeds, below them the differences and the drift, as a PNG.
 
     Args:
         record: the object of loss.json.
@@ -91,27 +125,33 @@ def draw(record: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 10), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    peer, control, own = (of_side(record["runs"], side) for side in (PEER, CONTROL, OWN))
-    for index, (theirs, other, ours) in enumerate(zip(peer, control, own, strict=True)):
+    top, middle, bottom = figure.subplots(3, 1, sharex=True)
+    peers, own = (of_side(record["runs"], side) for side in (PEER, OWN))
+    for index, (theirs, ours) in enumerate(zip(peers, own, strict=True)):
         steps = range(1, len(ours["losses"]) + 1)
         for run, width in ((theirs, 3.5), (ours, 0.9)):
             label = None if index else run["side"]
             top.plot(steps, run["losses"], color=COLOURS[run["side"]], linewidth=width, label=label)
-        apart = np.subtract(other["losses"], theirs["losses"])
-        label = None if index else f"{CONTROL} - {PEER}"
-        bottom.plot(steps, apart, color=COLOURS[CONTROL], linewidth=0.9, label=label)
-        apart = np.subtract(ours["losses"], theirs["losses"])
-        bottom.plot(steps, apart, linewidth=0.9, label=f"{OWN} - {PEER}, seed {ours['seed']}")
-    for limit in (-LIMIT, LIMIT):
-        label = f"{LIMIT:g}, limit of the final loss" if limit > 0 else None
-        bottom.axhline(limit, color="#b02a2a", linewidth=1.0, linestyle="--", label=label)
+    for axis, sides in ((middle, (CONTROL, OWN)), (bottom, (CONTROL_BESIDE, OWN_BESIDE))):
+        for side, colour in zip(sides, (COLOURS[CONTROL], COLOURS[OWN]), strict=True):
+            for index, run in enumerate(of_side(record["runs"], side)):
+                apart = np.subtract(run["losses"], peers[index]["losses"])
+                at = np.arange(len(apart))
+                if axis is bottom:
+                    at = np.array(_ends(len(apart)))
+                    apart = apart[at].cumsum()
+                label = None if index else f"{side} - {PEER}"
+                axis.plot(at + 1, apart, color=colour, linewidth=0.9, label=label)
+        for limit in (-LIMIT, LIMIT):
+            label = f"{LIMIT:g}, limit at the end" if limit > 0 else None
+            axis.axhline(limit, color="#b02a2a", linewidth=1.0, linestyle="--", label=label)
     top.set_ylabel("training loss (nats per token)")
-    bottom.set_ylabel("difference of the losses")
+    middle.set_ylabel("difference of the losses")
+    bottom.set_ylabel("drift")
     bottom.set_xlabel("optimizer step")
-    for axis in (top, bottom):
+    for axis in (top, middle, bottom):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     model, made = record["model"], record["machine"]

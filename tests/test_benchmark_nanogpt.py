@@ -374,7 +374,8 @@ def test_both_sides_reach_the_same_loss(
     assert status == 0 and record["claims_hold"]
     found = [(run["side"], run["seed"]) for run in record["runs"]]
     sides = ("nanogpt", "control", "ours")
-    assert found == [(side, seed) for seed in (1337, 1338, 1339) for side in sides]
+    order = ("nanogpt", "control beside", "ours beside", "control", "ours")
+    assert found == [(side, seed) for seed in (1337, 1338, 1339) for side in order]
     for run in record["runs"]:
         assert len(run["losses"]) == 30 and run["losses"][-1] < run["losses"][0]
         assert run["final"] == pytest.approx(sum(run["losses"][10:]) / 20, abs=1e-5)
@@ -400,7 +401,7 @@ def test_the_models_agree_bit_for_bit_in_their_weights(peer: Path) -> None:
     module = nanogpt.load(peer)
     cfg = GPTConfig(60, 16, 32, 2, 2, 0.0, qkv_bias=True, activation="gelu")
     theirs, ours = nanogpt.peer(module, cfg), GPTModel(cfg)
-    ours.load_state_dict(nanogpt.own_weights(theirs))
+    ours.load_state_dict(nanogpt.own_names(theirs.state_dict()))
     state = ours.state_dict()
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(state[nanogpt.own_name(name)], tensor)
@@ -410,9 +411,9 @@ def test_the_models_agree_bit_for_bit_in_their_weights(peer: Path) -> None:
     ("right", "wrong", "failing"),
     [
         ("F.gelu(", "F.silu(", {"first_step"}),
-        ("logits, F.cross", "logits, 1.01 * F.cross", {"final", "held_out", "first_step"}),
+        ("logits, F.cross", "logits, 1.01 * F.cross", {"final", "held_out", "first_step", "drift"}),
         ("lr=lr", "lr=lr * 0", set()),  # the script sets the rate
-        ("betas=betas", "betas=(0.0, 0.95)", {"final", "held_out"}),
+        ("betas=betas", "betas=(0.0, 0.95)", {"final", "held_out", "drift"}),
     ],
 )
 def test_another_model_or_optimizer_is_told(
@@ -441,7 +442,10 @@ def runs_of(theirs: list[float], ours: list[float]) -> list[dict[str, Any]]:
     return [
         {"side": side, "seed": seed, "losses": [9.0], "final": value, "held_out": value}
         for seed, (peer, own) in enumerate(zip(theirs, ours, strict=True))
-        for side, value in (("nanogpt", peer), ("control", peer + 1), ("ours", own))
+        for side, value in (
+            *(("nanogpt", peer), ("control beside", peer), ("ours beside", own)),
+            *(("control", peer + 1), ("ours", own)),
+        )
     ]
 
 
@@ -461,6 +465,33 @@ def test_claims_can_fail(theirs: list[float], ours: list[float], holds: bool) ->
     assert claims["first_step"]["holds"]
     assert claims["final"]["control_differences"][0] == pytest.approx(1.0)
     assert claims["final"]["holds"] is claims["held_out"]["holds"] is holds
+
+
+@pytest.mark.parametrize(
+    ("steps", "apart", "drift"),
+    [
+        (
+            20,
+            {9: 0.001, 19: 0.002, 5: 1.0},
+            0.003,
+        ),  # only what has been added up since it was equal
+        (25, {24: 0.004}, 0.004),
+        (20, {9: 0.004, 19: -0.004}, 0.0),
+        (500, dict.fromkeys(range(9, 500, 10), 2e-4), 0.01),
+        (1, {0: math.nan}, math.nan),
+    ],
+)
+def test_drift_is_what_is_apart_at_the_end_of_each_span(
+    steps: int, apart: dict[int, float], drift: float
+) -> None:
+    runs = runs_of([3.0, 3.1], [3.0, 3.1])
+    for run in runs:
+        differs = apart if run["side"] == "ours beside" else {}
+        run["losses"] = [9.0 + differs.get(step, 0.0) for step in range(steps)]
+    claim = nanogpt_claims.judge(runs, 1e-5)["drift"]
+    assert claim["differences"] == pytest.approx([drift] * 2, nan_ok=True)
+    assert claim["control_differences"] == [0.0, 0.0]
+    assert claim["holds"] is (abs(drift) <= 0.005)
 
 
 def test_a_text_is_made_from_installed_packages(
