@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import json
 import logging
 import platform
@@ -141,14 +142,23 @@ def add_sample(folder: Path, step: int, text: str) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what computed the run; the revision is None where flashgpt is no git checkout."""
+    """Versions of what computed the run; None of what is not installed, and the revision where
+    flashgpt is no git checkout."""
     return {
         "flashgpt": __version__,
         "revision": _revision(Path(__file__).parents[1]),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache

@@ -8,7 +8,7 @@ examples:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from typing_extensions import Doc
@@ -35,6 +35,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _named(versions: Mapping[str, str | None]) -> list[str]:
+    return [f"{name} {version or '(none)'}" for name, version in versions.items()]
+
+
 def _machine() -> list[str]:
     import torch
 
@@ -44,7 +48,7 @@ def _machine() -> list[str]:
     from flashgpt.train.runtime import device
 
     here = device("auto")
-    lines = [f"{name} {version}" for name, version in versions().items()]
+    lines = _named(versions())
     lines.append(f"CPU threads: {torch.get_num_threads()}")
     if here.type == "cuda":
         lines.append(f"GPU: {torch.cuda.get_device_name()} ({torch.cuda.device_count()})")
@@ -69,7 +73,7 @@ def _run(run: str) -> list[str]:
 
     folder = Path(run)
     state = read_state(folder)
-    lines = [f"{name} {version}" for name, version in state["versions"].items()]
+    lines = _named(state["versions"])
     lines.append(f"last checkpoint: {state['last']}")
     lines.append(f"best checkpoint: {state['best']} (validation loss {state['best_val_loss']})")
     for found in good(folder):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ def test_the_machine(cli: Cli) -> None:
     assert f"flashgpt {__version__}" in lines and f"torch {torch.__version__}" in lines
     assert f"CPU threads: {torch.get_num_threads()}" in lines
     for name in KERNELS:
-        shown = [line.split(maxsplit=1)[1] for line in lines if line.split()[:1] == [name]]
+        shown = [line.split(maxsplit=1)[1] for line in lines if line.startswith(f"  {name} ")]
         assert len(shown) == 2  # without and with dropout
         assert all(answer == "runs" or answer.startswith("no: ") for answer in shown), shown
     if not torch.cuda.is_available():
@@ -28,6 +30,21 @@ def test_the_machine(cli: Cli) -> None:
         assert chosen == [f"chosen: {name} (built-in order)" for name in ("sdpa:cpu", "blocked")]
         assert "GPU: none that torch can use" in lines
         assert any("sdpa:flash" in line and "no: " in line for line in lines)
+
+
+@pytest.mark.parametrize("package", ["triton", "pytest", "no-such-package"])
+def test_triton_is_named_as_it_is_installed(
+    package: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is installed here: another package stands in for it."""
+    version = importlib.metadata.version
+    stands_for = {"triton": package}
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: version(stands_for.get(name, name))
+    )
+    installed = importlib.util.find_spec(package) is not None
+    told = f"triton {version(package) if installed else '(none)'}"
+    assert told in cli("info").done().splitlines()
 
 
 def test_a_run(copied: Any, cli: Cli, flip: Callable[[Path, int], None]) -> None:
