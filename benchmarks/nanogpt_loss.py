@@ -208,6 +208,8 @@ class Bench:
         beside = {CONTROL_BESIDE: self.control, OWN_BESIDE: self.own}
         made = {name: begin(name, side) for name, side in {PEER: self.peer, **beside}.items()}
         for first in steps[::SPAN]:
+            if first % (10 * SPAN) == 0:
+                print(f"seed {seed}, three side by side: step {first} of {len(steps)}", flush=True)
             for name in beside:
                 made[name].become(made[PEER])
             for trainee in made.values():
