@@ -71,10 +71,11 @@ def go_on(
     The first process chooses and reads; weights and moments are spread over all.
 
     Returns:
-        the checkpoint; None when there is no good one: the run starts at step 0.
+        the checkpoint; None when there is none: the run starts at step 0.
 
     Raises:
-        ValueError: it is of another model or other text, or a setting of FIXED differs.
+        ValueError: it is of another model or other text, or a setting of FIXED differs; or none of
+            those that are there is good.
     """
     parallel = parts.parallel
     found, changes = parallel.lead(lambda: _newest(out, data, parts, note))
@@ -84,7 +85,7 @@ def go_on(
         parts.guard.forget()  # what is usual may be something else from here on
     parallel.lead(lambda: checkpoint.set_aside(out, found.step if found else 0))
     if found is None:
-        note(f"no good checkpoint in {out}: starts at step 0")
+        note(f"no checkpoint in {out}: starts at step 0")
         return None
     note(f"goes on from {found.path}")
     # Older checkpoints are of one process and do not say so.
@@ -100,9 +101,11 @@ def _newest(
     out: Path, data: TokenData, parts: Parts, note: Callable[[str], None]
 ) -> tuple[checkpoint.Checkpoint | None, list[str]]:
     """The newest good checkpoint, and what changes from it on; raises as `go_on`."""
+    damaged = False
     for found in checkpoint.good(out):
         if isinstance(found, checkpoint.DamagedError):
             note(f"passed over: {found}")
+            damaged = True
             continue
         if found.state["data"] != data.fingerprint:
             raise ValueError(
@@ -110,6 +113,11 @@ def _newest(
                 f"{data.folder}; restore the text, or start anew with another --out"
             )
         return found, _changes(found, parts)
+    if damaged:  # to begin anew would write over the run's log
+        raise ValueError(
+            f"{out} has no good checkpoint to go on from; restore one, or start anew with another "
+            "--out"
+        )
     return None, []
 
 

@@ -168,8 +168,12 @@ def test_a_run_without_a_good_checkpoint_says_what_is_wrong(
         flip(path / "model.safetensors", 5000)
     refused = cli("generate", copied.folder).error(1)
     assert all(str(path / "model.safetensors") in refused for path in copied.checkpoints)
-    shown = cli("train", "--resume", "--out", copied.folder).done()
-    assert shown.count("passed over") == 3 and "starts at step 0" in shown
+    before = {path: path.read_bytes() for path in copied.folder.rglob("*") if path.is_file()}
+    ran = cli("train", "--resume", "--out", copied.folder)
+    assert "has no good checkpoint to go on from; restore one, or start anew" in ran.error(1)
+    assert ran.out.count("passed over") == 3
+    after = {path: path.read_bytes() for path in copied.folder.rglob("*") if path.is_file()}
+    assert after == before
 
 
 def test_a_newer_format_is_refused_and_not_passed_over(

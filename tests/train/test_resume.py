@@ -114,7 +114,7 @@ def test_resume_without_a_run_starts_at_0_and_says_so(
     tmp_path: Path, cli: Cli, options: list[str], trained: Any
 ) -> None:
     shown = cli("train", *options, "--resume", "--out", tmp_path / "new").done()
-    assert f"no good checkpoint in {tmp_path / 'new'}: starts at step 0" in shown
+    assert f"no checkpoint in {tmp_path / 'new'}: starts at step 0" in shown
     assert type(trained)(tmp_path / "new").same_as(trained)
 
 
