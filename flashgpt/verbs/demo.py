@@ -24,7 +24,7 @@ from typing_extensions import Doc
 
 from flashgpt.cli import UsageError
 from flashgpt.runconfig import DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
-from flashgpt.verbs.parse import Positional, parse
+from flashgpt.verbs.parse import Positional, parse, typed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     with training(out, 0, run.train.steps) as listener:
         system, result = orchestrator.train(run, data, folder, listener=listener)
     if result.interrupted is not None:
-        out.print(f"interrupted; go on: flashgpt train --resume --out {folder}")
+        out.print(f"interrupted; go on: flashgpt train --resume --out {typed(folder)}")
         return 128 + result.interrupted
     verdict = audit(out, system.model).passed
     _summary(out, folder, data, result, verdict, time.monotonic() - started)

@@ -12,8 +12,10 @@ import dataclasses
 import difflib
 import io
 import re
+import shlex
 import typing
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -26,6 +28,11 @@ Valued: Any = tyro.conf.FlagConversionOff
 Positional: Any = tyro.conf.Positional
 Repeatable: Any = tyro.conf.UseAppendAction
 OmitPrefix: Any = tyro.conf.arg(name="")
+
+
+def typed(path: Path) -> str:
+    """A path as one types it in a shell."""
+    return shlex.quote(str(path))
 
 
 def parse(

@@ -31,7 +31,7 @@ from flashgpt.measure.scaling_model import Cluster, Prediction, table
 from flashgpt.runconfig import DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
 from flashgpt.toml import to_toml
 from flashgpt.verbs.bench import check_writable, environment
-from flashgpt.verbs.parse import Flag, Valued, parse, usage
+from flashgpt.verbs.parse import Flag, Valued, parse, typed, usage
 from flashgpt.verbs.train import load, without_other_preset
 
 if TYPE_CHECKING:
@@ -280,7 +280,8 @@ def _show_choice(out: Console, run: RunConfig, result: Result, written: Path | N
         out.print("  (nothing else was measured; more --seconds compares more)")
     for line in _changes(run, _chosen(run, result.best)):
         out.print(f"  {line}")
-    out.print(f"written to {written}; train with it: flashgpt train {written} --out runs/planned")
+    train = f"flashgpt train {typed(written)} --out runs/planned"
+    out.print(f"written to {written}; train with it: {train}")
 
 
 def _changes(before: RunConfig, after: RunConfig) -> Iterator[str]:

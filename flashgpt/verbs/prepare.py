@@ -24,7 +24,7 @@ from typing import Annotated
 from typing_extensions import Doc
 
 from flashgpt.runconfig import DataConfig
-from flashgpt.verbs.parse import Positional, parse, usage
+from flashgpt.verbs.parse import Positional, parse, typed, usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,5 +60,5 @@ def main(argv: Sequence[str]) -> int:
     with counting(out) as progress:
         folder = prepare(config, out=Path(args.out) if args.out else None, progress=progress)
     out.print(TokenData.open(folder).describe())
-    out.print(f"ready: {folder}; train on it: flashgpt train --data.source {folder}")
+    out.print(f"ready: {folder}; train on it: flashgpt train --data.source {typed(folder)}")
     return 0

@@ -26,7 +26,7 @@ from flashgpt.cli import UsageError
 from flashgpt.launch import Launch
 from flashgpt.runconfig import DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
 from flashgpt.toml import load_toml, to_toml
-from flashgpt.verbs.parse import Flag, Valued, parse, usage
+from flashgpt.verbs.parse import Flag, Valued, parse, typed, usage
 
 if TYPE_CHECKING:
     from flashgpt.train.parallel import Parallel
@@ -191,11 +191,10 @@ def _train(args: Args, parallel: Parallel) -> int:
         )
     out.print(f"checkpoint {result.checkpoint}, plot {folder / 'loss.png'}")
     if result.interrupted is not None:
-        out.print(
-            f"interrupted at step {result.step}; go on: flashgpt train --resume --out {folder}"
-        )
+        again = f"flashgpt train --resume --out {typed(folder)}"
+        out.print(f"interrupted at step {result.step}; go on: {again}")
         return 128 + result.interrupted
-    out.print(f'write with it: flashgpt generate {folder} --prompt "..."')
+    out.print(f'write with it: flashgpt generate {typed(folder)} --prompt "..."')
     return 0
 
 

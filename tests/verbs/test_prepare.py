@@ -22,12 +22,12 @@ def test_a_folder_is_made_and_train_takes_it(
     text: Path,
     tokenizer: str,
 ) -> None:
-    out = tmp_path / "tokens"
+    out = tmp_path / "to kens"
     shown = cli("prepare", text, "--out", out, "--tokenizer", tokenizer, "--vocab-size", 300).done()
     size = 300 if tokenizer == "bpe" else 257
     assert TokenData.open(out).vocab_size <= size
     assert re.search(r"^words: [\d,]+ training tokens", shown, re.MULTILINE)
-    ready = f"ready: {out}; train on it: flashgpt train --data.source {out}"
+    ready = f"ready: {out}; train on it: flashgpt train --data.source '{out}'"
     assert ready in shown.splitlines()
     run = ["--data.source", str(out), "--out", str(tmp_path / "run"), "--train.stop-at", "1"]
     if tokenizer == "bpe":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def test_the_lines_of_a_run(tmp_path: Path, cli: Cli, options: list[str]) -> Non
     assert all(re.search(r"perplexity [\d.,]+, [\d.]+ bits per byte$", line) for line in judged)
     checkpoint = out / "checkpoints" / "step_00000012"
     assert f"checkpoint {checkpoint}, plot {out / 'loss.png'}" in lines
-    assert f'write with it: flashgpt generate {out} --prompt "..."' in lines
+    assert f'write with it: flashgpt generate {shlex.quote(str(out))} --prompt "..."' in lines
     assert checkpoint.is_dir() and (out / "loss.png").is_file()
 
 
