@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from typing_extensions import Doc
 
+PLURALS: dict[Any, str] = {int: "integers", str: "texts"}  # of what lists hold
+
 
 def documented_fields(cls: type) -> dict[str, tuple[Any, str]]:
     """Name -> (type, help text) of every field of a config class."""
@@ -71,7 +73,7 @@ def _type_name(kind: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type_name(arg) for arg in args if arg is not types.NoneType)
     if origin is tuple:
-        return f"a list of {_type_name(args[0])}"
+        return f"a list of {PLURALS[args[0]]}"
     names: dict[Any, str] = {
         int: "an integer",
         float: "a number",

@@ -36,11 +36,20 @@ def from_tree(tree: Mapping[str, Any], origin: str) -> RunConfig:
         table = tree.get(name, {})
         if not isinstance(table, Mapping):
             raise ValueError(f"{origin}: [{name}] must be a section, got {table!r}")
-        known = {f.name for f in dataclasses.fields(typing.cast(Any, factory))}
+        known = documented_fields(typing.cast(Any, factory))
         check_keys(table, known, f"{origin}: [{name}]")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+        values = {key: _held(value, known[key][0]) for key, value in table.items()}
         made[name] = typing.cast(Any, factory)(**values)
     return RunConfig(**made)
+
+
+def _held(value: Any, kind: Any) -> Any:
+    """A value as a field holds it: lists as tuples, and one text for a list that has no other."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and typing.get_origin(kind) is tuple:
+        return (value,)
+    return value
 
 
 def to_toml(config: RunConfig) -> str:

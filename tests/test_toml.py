@@ -88,6 +88,15 @@ def test_toml_explains_every_key() -> None:
             assert any(name in line and doc in line for line in written.splitlines()), name
 
 
+def test_one_text_stands_for_a_list_of_it() -> None:
+    tree = {"data": {"source": "a.txt"}, "sample": {"stop": "end", "prompt": "a"}}
+    made = from_tree(tree, "here")
+    assert made.data.source == ("a.txt",) and made.sample.stop == ("end",)
+    assert made.sample.prompt == "a"
+    with pytest.raises(ValueError, match=r"stop_ids must be a list of integers, got \('7',\)"):
+        from_tree({"sample": {"stop_ids": "7"}}, "here")
+
+
 @pytest.mark.parametrize(
     ("written", "message"),
     [
@@ -95,7 +104,7 @@ def test_toml_explains_every_key() -> None:
         ("[trian]\nsteps = 3", r"has an unknown key 'trian'; did you mean 'train'"),
         ("train = 3", r"\[train\] must be a section, got 3"),
         ("[train]\nsteps = '3'", "train.steps must be an integer, got '3'"),
-        ("[data]\nsource = [1]", "data.source must be a list of a text"),
+        ("[data]\nsource = [1]", "data.source must be a list of texts"),
         ("[train]\nsteps = ", "is no TOML file"),
         ("[train]\nsteps = 1\nsteps = 2", "is no TOML file"),
     ],
