@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TextIO
 
 from flashgpt.data import jsonl, parquet
@@ -27,6 +28,14 @@ PIECE = 1 << 16
 SAMPLE = 8_000_000
 _BLOCK = 4096
 _CHUNK = 1 << 20
+# How files begin that hold text only when unpacked.
+PACKED = {
+    b"\x1f\x8b": "gzip data",
+    b"PK\x03\x04": "a zip archive",
+    b"\x28\xb5\x2f\xfd": "zstd data",
+    b"\xfd7zXZ\0": "xz data",
+    b"BZh": "bzip2 data",
+}
 GROUPS = 1 << 16
 # What reads the records of a file, by the end of its name; any other file is text.
 RECORDS = {".jsonl": jsonl.documents, ".parquet": parquet.documents}
@@ -107,9 +116,10 @@ def survey(
             if groups and not fault:
                 groups[_group(file)] += size
         if file.explicit and fault:
+            packed = _packed(file.path)
             raise ValueError(
-                f"data.source file must be UTF-8 text, got {fault} in {file.path}; convert it to "
-                "UTF-8 or leave it out"
+                f"data.source file must be UTF-8 text, got {packed or fault} in {file.path}; "
+                f"{'unpack it' if packed else 'convert it to UTF-8'} or leave it out"
             )
         if file.explicit and not size:
             raise ValueError(f"data.source file must hold text, got an empty file {file.path}")
@@ -312,6 +322,13 @@ def _check(
     if kept_back := len(decoder.getstate()[0]):
         return size, f"an unfinished character at offset {size - kept_back}"
     return size, ""
+
+
+def _packed(path: Path) -> str:
+    """What a file that is no text was packed by, by its first bytes ("" if it is not known)."""
+    with open(path, "rb") as stream:
+        first = stream.read(max(map(len, PACKED)))
+    return next((name for start, name in PACKED.items() if first.startswith(start)), "")
 
 
 def _cut(text: str) -> int:

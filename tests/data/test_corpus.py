@@ -5,8 +5,12 @@ pytest tests/data/test_corpus.py
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import itertools
+import lzma
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,6 +62,27 @@ BAD = [
     (b"x" * ((1 << 20) - 1) + b"\xe4(", f"an invalid byte at offset {(1 << 20) - 1}"),
     ("text".encode("utf-16"), "an invalid byte at offset 0"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("packed", "name"),
+    [
+        (gzip.compress, "gzip data"),
+        (lzma.compress, "xz data"),
+        (bz2.compress, "bzip2 data"),
+        (lambda content: b"PK\x03\x04\x14\x00" + content, "a zip archive"),
+    ],
+)
+def test_a_packed_text_is_to_be_unpacked(
+    packed: Callable[[bytes], bytes], name: str, folder: Path
+) -> None:
+    bad = write(folder / "bad", packed(b"words and words"))
+    with pytest.raises(ValueError, match=f"got {name} in .*bad; unpack it or leave it out"):
+        survey(find_files([str(bad)]))
+
+
+def test_a_text_may_begin_as_packed_ones_do(folder: Path) -> None:
+    assert survey(find_files([str(write(folder / "good", b"BZh is text"))])).files
 
 
 @pytest.mark.parametrize(("content", "fault"), BAD)
