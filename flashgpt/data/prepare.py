@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -130,6 +131,12 @@ def _accept(ready: Path, data: DataConfig, out: Path | None) -> Path:
         fits = had["name"] == "gpt2"
     else:
         fits = Tokenizer.load(data.tokenizer).digest == opened.tokenizer.digest
+    if not fits and Path(data.tokenizer).exists():  # it may be that of the weights to start from
+        raise ValueError(
+            f"data.source {ready} was prepared with another tokenizer ({had['name']}, "
+            f"{opened.vocab_size} ids) than {data.tokenizer}; prepare the text with that one: "
+            f"flashgpt prepare TEXT --tokenizer {shlex.quote(data.tokenizer)}"
+        )
     if not fits:
         raise ValueError(
             f"data.tokenizer and data.vocab_size must be those of the prepared folder {ready} "

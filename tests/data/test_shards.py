@@ -328,6 +328,8 @@ def test_a_prepared_folder_is_a_source(prepared: Path, config: DataConfig, tmp_p
     with pytest.raises(ValueError, match="out must be left out for a prepared folder"):
         prepare(DataConfig(source), out=tmp_path / "out")
     as_bytes = prepare(DataConfig(config.source, "bytes", cache=config.cache))
+    with pytest.raises(ValueError, match=r"with another tokenizer .* prepare TEXT --tokenizer"):
+        prepare(DataConfig(source, str(as_bytes)))
     assert prepare(DataConfig((str(as_bytes),))) == as_bytes
     (prepared / "val-00000.bin").unlink()
     with pytest.raises(ValueError, match=r"val-00000\.bin is damaged or missing"):
