@@ -11,8 +11,9 @@ largest less the smallest.
 Training amplifies rounding, up to hundredths of a nat at the end. So nanoGPT also runs a second
 time with the rows of each batch in reverse order, which changes nothing but the order of sums: the
 control. And ours and the control also run beside nanoGPT: every 10 steps their weights and moments
-are made nanoGPT's, before rounding has grown. What they are apart just before, added up over the
-run, is their drift: how far off the end would be if nothing were amplified.
+are made nanoGPT's, before rounding has grown. What their losses are apart in the last of those
+steps, added up over the run, is their drift: about how far off the end would be if nothing were
+amplified.
 
 Claims, on differences ours - nanoGPT in nats per token:
 

@@ -533,9 +533,15 @@ def test_what_is_said_of_the_residual_streams_dtype_is_measured() -> None:
     shrunk = [abs(gradients[at][way]["all"]["shrink"]) for at in times for way in ways]
     assert max(shrunk) < 1e-3
     peer = {run["seed"]: run for run in loss["runs"] if run["side"] == "nanogpt"}
-    wide = [run for run in found["runs"] if run["residual"] == "fp32"]
-    apart = [run["final"] - peer[run["seed"]]["final"] for run in wide]
-    assert len(apart) == 8 and f"{statistics.fmean(apart):.3f}" == "0.010"
+    seeds = {run["seed"] for run in found["runs"]}
+    ours = [run for run in loss["runs"] if run["side"] == "ours" and run["seed"] in seeds]
+    runs = [*found["runs"], *({"residual": "bf16", **run} for run in ours)]
+    for residual, wanted in (("fp32", (8, "0.010", "0.006")), ("bf16", (7, "0.016", "0.007"))):
+        apart = [r["final"] - peer[r["seed"]]["final"] for r in runs if r["residual"] == residual]
+        error = statistics.stdev(apart) / len(apart) ** 0.5
+        assert (len(apart), f"{statistics.fmean(apart):.3f}", f"{error:.3f}") == wanted
+    trained = gradients["after 500 steps, seed 1339"]
+    assert f"{trained['bf16']['all']['error'] / trained['nanogpt']['all']['error']:.2f}" == "1.05"
     for side, largest in (("ours", "2.4e-04"), ("control", "1.7e-04")):
         other = [run["losses"] for run in loss["runs"] if run["side"] == side]
         pairs = zip(other, peer.values(), strict=True)
