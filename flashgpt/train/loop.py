@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -230,10 +231,11 @@ class Run:
         self.parts.parallel.lead(lambda: self._give_up(done, entry))
 
     def _give_up(self, done: Done, entry: dict[str, Any]) -> NoReturn:
+        left_out = self.record.folder / incident.FOLDER / incident.name_of(done.step)
         raise TrainingError(
             f"step {done.step + 1}: {entry['skipped']}, the {self.parts.guard.in_a_row}rd bad step "
             f"in a row; the weights are those before them, in {self.saved}. Look: flashgpt train "
-            f"--replay {self.record.folder / incident.FOLDER / incident.name_of(done.step)} "
+            f"--replay {shlex.quote(str(left_out))} "
             "--model.use-flash False; go on with --resume and a lower --train.lr, with "
             "--train.guard rollback, or, if this is no fault, with --train.guard-zscore 0"
         )

@@ -151,9 +151,9 @@ def _summary(
         out.print(f"  {name:17} {value}")
     out.print("\nnext:")
     for command in (
-        f'flashgpt generate {folder} --prompt "def "',
+        f'flashgpt generate {typed(folder)} --prompt "def "',
         "flashgpt demo your.txt",
-        f"flashgpt train --resume --out {folder} --train.steps {2 * result.step}",
-        f"flashgpt verify --checkpoint {folder}",
+        f"flashgpt train --resume --out {typed(folder)} --train.steps {2 * result.step}",
+        f"flashgpt verify --checkpoint {typed(folder)}",
     ):
         out.print(f"  {command}")

@@ -228,12 +228,12 @@ def test_three_bad_steps_in_a_row_end_the_run_and_nothing_is_lost(
     tmp_path: Path, cli: Cli, options: list[str], poison: Callable[..., Any], trained: Any
 ) -> None:
     models = poison({5: math.nan, 6: math.nan, 7: -1})
-    refused = cli("train", *options, "--out", tmp_path / "run").error(1)
+    refused = cli("train", *options, "--out", tmp_path / "a run").error(1)
     assert "step 8: gradient norm is nan, the 3rd bad step in a row" in refused
-    saved = tmp_path / "run" / "checkpoints" / "step_00000008"
-    replay = f"--replay {tmp_path / 'run' / 'incidents' / 'step_00000008'}"
+    saved = tmp_path / "a run" / "checkpoints" / "step_00000008"
+    replay = f"--replay '{tmp_path / 'a run' / 'incidents' / 'step_00000008'}'"
     assert str(saved) in refused and replay in refused
-    run = type(trained)(tmp_path / "run")
+    run = type(trained)(tmp_path / "a run")
     weights = dict(models[0].named_parameters())
     assert torch.equal(weights["wpe.weight"], run.tensors(8)["transformer.wpe.weight"])
     assert len(run.metrics) == 8 and (run.folder / "loss.png").exists()

@@ -93,12 +93,14 @@ def _no_training(train: Any) -> Any:
 
 
 def test_an_own_text(cli: Cli, text: Path) -> None:
-    shown = cli("demo", text, "--seconds", 1, "--out", "mine").done()
-    config = load_toml("mine/config.toml")
+    shown = cli("demo", text, "--seconds", 1, "--out", "my run").done()
+    config = load_toml("my run/config.toml")
     assert config.data.source == (str(text),) and config.sample.prompt == "\n"
-    assert {path.name for path in Path("mine").iterdir()} == FILES
+    assert {path.name for path in Path("my run").iterdir()} == FILES
     assert not Path("runs").exists()
-    assert _summary(shown)["sample"] == "mine/samples.txt"
+    assert _summary(shown)["sample"] == "my run/samples.txt"
+    own = [line for line in shown.split("next:\n")[1].splitlines() if "my run" in line]
+    assert len(own) == 3 and all("'my run'" in line for line in own)
 
 
 def test_a_failed_proof_is_status_1(cli: Cli, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
