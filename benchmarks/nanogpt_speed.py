@@ -10,8 +10,9 @@
 
 A step is forward, loss, backward, clipping at 1 and AdamW (nanoGPT's as it makes it, ours as our
 trainer makes it), on tokens that lie on the device, the same ones for all; bf16 autocast on CUDA
-with TF32 allowed, as nanoGPT's train.py sets it, fp32 on the CPU. A GPU holds one way at a time; on
-the CPU all are timed in turns. The batch `fit` is the largest that a GPU's memory holds, of the
+with TF32 allowed, as nanoGPT's train.py sets it, fp32 on the CPU, unless --precision says bf16 for
+all ways, which nanoGPT's train.py does not do there. A GPU holds one way at a time; on the CPU all
+are timed in turns. The batch `fit` is the largest that a GPU's memory holds, of the
 multiples of 8 (below 8, the powers of two), found by trying; at most 9 are tried.
 
 Time is the median over rounds of several steps each. Memory is the most that torch allocates, with
@@ -83,6 +84,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--vocab-size", type=int, default=50304, help="tokens of the vocabulary (50304)")
     add("--dropout", type=float, nargs="+", default=[0.0], help="probabilities (0)")
     add("--ways", nargs="+", choices=WAYS, default=WAYS[:2] + WAYS[3:5], help="what is measured")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of products (auto)")
     add("--rounds", type=int, default=5, help="rounds of each way (5)")
     add("--steps", type=int, default=10, help="steps of a round (10)")
     add("--profile", action="store_true", help="where the milliseconds of each way go")
@@ -96,6 +98,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         wanted.module = nanogpt.load(wanted.nanogpt)
         wanted.cfg = GPTConfig.from_dict(shape)
+        wanted.autocast = runtime.autocast_dtype(wanted.precision, runtime.device("auto"))
         for p in wanted.dropout:
             dataclasses.replace(wanted.cfg, drop_rate=p)
     except ValueError as error:
@@ -294,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": {**wanted.cfg.to_dict(), "drop_rate": "per row", "use_flash": "per row"},
         "options": {name: vars(wanted)[name] for name in ("ways", "rounds", "steps")},
         "nanogpt": {"model.py sha256": nanogpt.digest(wanted.nanogpt)},
-        "products": "bf16" if device.type == "cuda" else "fp32",
+        "products": "fp32" if wanted.autocast is None else "bf16",
         "machine": {"device": device_name(device.type), **versions()},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }

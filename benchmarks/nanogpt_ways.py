@@ -19,7 +19,7 @@ from flashgpt.measure.clock import Call
 from flashgpt.measure.memory import peak_bytes
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import TrainConfig
-from flashgpt.train import graph, runtime
+from flashgpt.train import graph
 from flashgpt.train.bare import BareStep
 
 WAYS = (
@@ -35,7 +35,7 @@ def build(way: str, wanted: argparse.Namespace, p: float, device: torch.device) 
     module: types.ModuleType = wanted.module
     compiled, plain = not way.endswith("-eager"), way.removesuffix("-eager").removesuffix("-graph")
     cfg = dataclasses.replace(wanted.cfg, drop_rate=p, use_flash=plain != "ours-off")
-    autocast = runtime.autocast_dtype("auto", device)
+    autocast: torch.dtype | None = wanted.autocast
     torch.manual_seed(TRAIN.seed)
     if plain.startswith("nanogpt"):
         peer = nanogpt.peer(module, cfg, flash=plain == "nanogpt").to(device)

@@ -192,7 +192,9 @@ class TrainConfig:
     ] = "ddp"
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"],
-        Doc("auto: bf16 autocast on CUDA, fp32 on the CPU; fp16 scales the loss"),
+        Doc(
+            "auto: bf16 autocast on CUDA, fp32 on the CPU (bf16 there: with AMX); fp16 scales loss"
+        ),
     ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], Doc("auto: CUDA if there is any")] = "auto"
     deterministic: Annotated[

@@ -454,6 +454,29 @@ def test_steps_on_a_cpu_are_those_of_the_raw_data() -> None:
     assert [f"{1.2 * share:.0%}" for share in shares[:2]] == ["88%", "92%"]
 
 
+def test_steps_on_a_cpu_with_amx_are_those_of_the_raw_data() -> None:
+    fp32, bf16 = (
+        {row["way"]: row for row in raw(f"nanogpt-speed-cpu/{name}.json")["rows"]}
+        for name in ("amx", "amx-bf16")
+    )
+    speeds = [{way: row["tokens_per_second"] for way, row in rows.items()} for rows in (fp32, bf16)]
+    assert table("performance.md", "**A processor with AMX.**") == [
+        [way, *(f"{rows[way]:,.0f}" for rows in speeds)] for way in fp32
+    ]
+    plain, half = speeds
+    peer = max(plain["nanogpt"], plain["nanogpt-eager"])
+    parts = fp32["ours"]["profile"]["parts"]
+    page = " ".join((ROOT / "docs/performance.md").read_text().split())
+    for text in (
+        f"ours is {max(plain['ours'], plain['ours-eager']) / peer - 1:.0%} faster than nanoGPT's",
+        f"products being {parts['products'] / sum(parts.values()):.0%} of ours",
+        f"{half['ours'] / plain['ours']:.1f} times our speed in fp32, and "
+        f"{half['ours'] / peer:.1f} times nanoGPT's",
+        f"ours is {half['ours'] / half['nanogpt'] - 1:.0%} faster. [Where",
+    ):
+        assert text.replace("%", " %") in page, text
+
+
 @pytest.mark.parametrize(
     ("folder", "heading", "digits", "ratios"),
     [

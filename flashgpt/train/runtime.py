@@ -22,6 +22,7 @@ from torch.compiler import config as compiler_config
 from flashgpt.launch import Launch
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import TrainConfig
+from flashgpt.train import half_on_cpu
 from flashgpt.train.parallel import ALONE, Parallel
 from flashgpt.train.wrapping import compile_module, uncompile, unsynchronised
 
@@ -53,14 +54,23 @@ def autocast_dtype(
     """The dtype of the products, None for fp32.
 
     Raises:
-        ValueError: half precision on a CPU, where it is no faster and ends the process on some
-            processors.
+        ValueError: fp16 on a CPU, or bf16 on one that is not made for it (half_on_cpu.py).
     """
-    if precision in ("bf16", "fp16") and device.type == "cpu":
-        raise ValueError(f"train.precision must be fp32 (or auto) on the CPU, got {precision!r}")
-    if precision == "fp32" or device.type == "cpu":
+    if precision == "fp32" or (precision == "auto" and device.type == "cpu"):
         return None
+    if device.type == "cpu":
+        _check_half(precision)
     return torch.float16 if precision == "fp16" else torch.bfloat16
+
+
+def _check_half(precision: str) -> None:
+    where = "the CPU"
+    if precision == "bf16":
+        reason = half_on_cpu.refusal()
+        if reason is None:
+            return
+        where = f"this CPU, where {reason}"
+    raise ValueError(f"train.precision must be fp32 (or auto) on {where}; got {precision!r}")
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -109,7 +109,7 @@ WRONG: list[tuple[str, int, list[str]]] = [
     ("--seconds nan", 2, ["seconds must be positive and finite, got nan"]),
     ("--cluster.tflops 0", 2, ["cluster.tflops must be positive, got 0"]),
     ("--train.tokens-per-step 100", 2, ["train.tokens_per_step must be a multiple"]),
-    ("--train.precision bf16", 2, ["train.precision must be fp32 (or auto) on the CPU"]),
+    ("--train.precision fp16", 2, ["train.precision must be fp32 (or auto) on the CPU"]),
     ("--train.device cuda", 2, ["torch finds no CUDA device"]),
     ("--model.preset gpt3", 2, ["model.preset must be one of tiny, gpt2"]),
     ("--micro-batch 4", 2, ["plan has no option --micro-batch"]),
