@@ -672,16 +672,18 @@ def round_up(x: float, digits: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("folder", "heading", "batches"),
+    ("path", "heading", "batches"),
     [
-        ("generate-h100", "## How fast it is on an H100", (1, 8, 32, 128)),
-        ("generate-cpu", "There, 64 tokens after 16", (1, 8)),
+        ("generate-h100/generate.json", "## How fast it is on an H100", (1, 8, 32, 128)),
+        ("generate-cpu/generate.json", "On the EPYC, 64 tokens after 16", (1, 8)),
+        ("generate-cpu/intel.json", "On the Xeon (", (1, 8)),
     ],
 )
 def test_speeds_of_writing_are_those_of_the_raw_data(
-    folder: str, heading: str, batches: tuple[int, ...]
+    path: str, heading: str, batches: tuple[int, ...]
 ) -> None:
-    speeds = {(row["batch"], row["way"]): row for row in raw(f"{folder}/generate.json")["rows"]}
+    found = raw(path)
+    speeds = {(row["batch"], row["way"]): row for row in found["rows"]}
 
     def speed(batch: int, way: str) -> str:
         row = speeds.get((batch, way))
@@ -696,21 +698,23 @@ def test_speeds_of_writing_are_those_of_the_raw_data(
         for batch in batches
     ]
     assert table("generation.md", heading) == rows
-    first = {row["way"]: row["ms"] for row in raw(f"{folder}/generate.json")["first"]}
+    first = {row["way"]: row["ms"] for row in found["first"]}
     page = (ROOT / "docs/generation.md").read_text()
-    if folder == "generate-cpu":
-        assert f"comes after {first['ours'] / 1e3:.2f} s" in page
+    if path.startswith("generate-cpu"):
+        assert f"{first['ours'] / 1e3:.2f} s" in page
     else:
         assert f"comes after {first['ours']:.2f} ms (Hugging Face {first['dynamic']:.2f}" in page
-    if folder == "generate-h100":
         readme = (ROOT / "README.md").read_text()
         assert all(text in readme for text in (rows[0][1], rows[2][1], rows[0][4], rows[2][3]))
 
 
-def test_products_on_a_cpu_are_those_of_the_raw_data() -> None:
-    found = {(row["rows"], row["way"]): row["ms"] for row in raw("rows-cpu/rows.json")["rows"]}
+@pytest.mark.parametrize(
+    ("name", "heading"), [("rows", "## On the CPU"), ("intel", "Two cores of an Intel Xeon")]
+)
+def test_products_on_a_cpu_are_those_of_the_raw_data(name: str, heading: str) -> None:
+    found = {(row["rows"], row["way"]): row["ms"] for row in raw(f"rows-cpu/{name}.json")["rows"]}
     ways = ("read", "linear", "onednn", "packed")
-    assert table("generation.md", "## On the CPU") == [
+    assert table("generation.md", heading) == [
         [f"{rows:,}", *(f"{found[rows, way]:,.0f}" for way in ways)]
         for rows in (1, 2, 8, 128, 1000)
     ]

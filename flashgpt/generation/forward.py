@@ -1,7 +1,7 @@
 """The forward pass of a GPT-2 for decoding, as one loop over its weights.
 
 With few tokens the calls of modules cost the host more than their layers cost the device. And on
-the CPU oneDNN's products are faster than those of modules, with several texts from copies of the
+many CPUs oneDNN's products are faster than those of modules, with several texts from copies of the
 matrices in another order.
 
 Legend: B batch, T new positions, M = B T rows, S positions so far, N heads, H head dim, D model
@@ -11,6 +11,7 @@ width, I features that come in, O that go out, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from flashgpt.attention.attend import attend
 from flashgpt.attention.heads import MultiHeadAttention
+from flashgpt.attention.measured import device_name
 from flashgpt.attention.packed import split
 from flashgpt.generation.cache import KVCache
 from flashgpt.model.block import FeedForward, TransformerBlock
@@ -31,7 +33,8 @@ LAYERS = (
 )
 MULTIPLE = 64  # of columns
 ROWS = 1024  # for which matrices are packed; as good for fewer
-LEAST_STEPS = 40  # that make up for packing
+LEAST_STEPS = 40  # that make up for packing, 0.15 to 0.35 s of GPT-2 124M
+MKL_ROWS = 2  # up to which MKL's products are faster than oneDNN's on Intel's CPUs
 ONEDNN = ("_reorder_linear_weight", "_linear_pointwise")
 
 
@@ -78,11 +81,7 @@ class Product:
 
 
 class OneDNNProduct(Product):
-    """The same by oneDNN, in the operator that torch.compile takes for inference.
-
-    Faster than `F.linear` from one row to a thousand on an EPYC with AVX2: docs/generation.md,
-    benchmarks/rows_cpu.py.
-    """
+    """The same by oneDNN, in the operator that torch.compile takes for inference."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer)
@@ -110,12 +109,20 @@ def has_onednn(model: GPTModel) -> bool:
     return cpu and all(hasattr(torch.ops.mkldnn, name) for name in ONEDNN)
 
 
-def packing_pays(texts: int, steps: int) -> bool:
-    """Whether packing, 0.15 to 0.35 s of GPT-2 124M, is made up for by so many steps of so many
-    texts. With AVX2 one text is faster without; with AVX-512 packed products are faster than
-    `F.linear`, and oneDNN's without packing were not measured."""
+def fastest(model: GPTModel, rows: int, steps: int) -> type[Product]:
+    """The products for so many steps of so many rows, by measurements on an EPYC with AVX2 and on
+    a Xeon with AVX-512 (docs/generation.md, benchmarks/rows_cpu.py)."""
+    if not has_onednn(model) or (rows <= MKL_ROWS and _is_intel()):
+        return Product
+    # On an EPYC with AVX-512 they were faster than MKL's for one row too.
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return steps >= LEAST_STEPS and (texts > 1 or wide)
+    packs = steps >= LEAST_STEPS and (rows > 1 or wide)
+    return PackedProduct if packs else OneDNNProduct
+
+
+@functools.cache
+def _is_intel() -> bool:
+    return torch.backends.mkl.is_available() and "Intel" in device_name("cpu")
 
 
 class Norm:
@@ -146,12 +153,10 @@ class Forward:
 
     Args:
         model: of which `weights_of` gives the weights.
-        packed: products from copies, twice the memory; where `has_onednn` says so.
+        product: of its matrices; those of oneDNN where `has_onednn` says so.
     """
 
-    def __init__(self, model: GPTModel, *, packed: bool = False) -> None:
-        own = OneDNNProduct if has_onednn(model) else Product
-        product = PackedProduct if packed else own
+    def __init__(self, model: GPTModel, product: type[Product] = Product) -> None:
         self._wte_VD, self._wpe_SD = model.wte.weight, model.wpe.weight
         self._heads = (model.cfg.n_heads, model.cfg.head_dim)
 

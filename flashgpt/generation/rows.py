@@ -19,7 +19,14 @@ from torch import Tensor
 
 from flashgpt.generation import device_step, prompt
 from flashgpt.generation.cache import KVCache, Source, gather
-from flashgpt.generation.forward import Forward, has_onednn, packing_pays, weights_of
+from flashgpt.generation.forward import (
+    Forward,
+    OneDNNProduct,
+    PackedProduct,
+    Product,
+    fastest,
+    weights_of,
+)
 from flashgpt.model.gpt2 import GPTModel
 
 Reason = Literal["eos", "stop", "length", "context"]
@@ -74,9 +81,7 @@ class Logits:
         self._model, self._use_cache = model, use_cache
         self.weights = weights_of(model) if use_cache else None
         self.is_on_gpu = self.weights is not None and device_step.serves(model.wte.weight)
-        self._packs = self.weights is not None and has_onednn(model)
-        self._fast: Forward | None = None
-        self._packed: Forward | None = None
+        self._made: dict[type[Product], Forward] = {}
         self._rows: list[Row] = []
         self._cache: KVCache | None = None
 
@@ -151,22 +156,23 @@ class Logits:
             one = prompt.pass_for(self._model, self.weights, len(ids[0]))
             if one is not None:
                 return one(ids[0], cache)
-        return self._forward(ids, pads, cache, self._faster(pays=False))
+        return self._forward(ids, pads, cache, self._faster(len(ids) * len(ids[0]), 1))
 
     def _step(self, rows: Sequence[Row], cache: KVCache) -> Tensor:
         left = max(row.limit - len(row.ids) for row in rows)
-        fast = self._faster(packing_pays(len(rows), left))
+        fast = self._faster(len(rows), left)
         return self._forward([[row.window[-1]] for row in rows], cache.pads, cache, fast)
 
-    def _faster(self, pays: bool) -> Forward | None:
-        """The fast forward pass; with packed matrices once that pays."""
+    def _faster(self, rows: int, steps: int) -> Forward | None:
+        """The fast forward pass for so many steps of so many rows."""
         if self.weights is None:
             return None
-        if pays and self._packed is None and self._packs:
-            self._packed = Forward(self._model, packed=True)
-        if self._packed is None and self._fast is None:
-            self._fast = Forward(self._model)
-        return self._packed or self._fast
+        product = fastest(self._model, rows, steps)
+        if product is OneDNNProduct and PackedProduct in self._made:
+            product = PackedProduct
+        if product not in self._made:
+            self._made[product] = Forward(self._model, product)
+        return self._made[product]
 
     def _forward(
         self,

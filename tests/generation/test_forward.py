@@ -6,16 +6,24 @@ pytest tests/generation/test_forward.py
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from flashgpt.generation import forward
 from flashgpt.generation.cache import KVCache
 from flashgpt.generation.decode import decode_rows
-from flashgpt.generation.forward import Forward, has_onednn, weights_of
+from flashgpt.generation.forward import (
+    Forward,
+    OneDNNProduct,
+    PackedProduct,
+    Product,
+    has_onednn,
+    weights_of,
+)
 from flashgpt.generation.rows import Row
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import SampleConfig, TrainConfig
@@ -24,27 +32,27 @@ from flashgpt.train.optimizer import build
 Make = Callable[..., GPTModel]
 
 
-def logits_of(model: GPTModel, ids: Tensor, chunks: list[int], packed: bool) -> Tensor:
+def logits_of(model: GPTModel, ids: Tensor, chunks: list[int], product: type[Product]) -> Tensor:
     """Logits after ids that come in chunks."""
     weight = model.wte.weight
     cache = KVCache(model.cfg, len(ids), weight.device, weight.dtype)
     with torch.inference_mode():
         for part in ids.split(chunks, 1):
-            found = Forward(model, packed=packed)(part, cache)
+            found = Forward(model, product)(part, cache)
     return found
 
 
 @pytest.mark.parametrize("chunks", [[7], [6, 1], [3, 1, 3], [1] * 7], ids=str)
-@pytest.mark.parametrize("way", ["modules'", "oneDNN's", "packed"])
+@pytest.mark.parametrize("product", [Product, OneDNNProduct, PackedProduct])
 @pytest.mark.parametrize(
     "shape", [{}, {"activation": "gelu", "qkv_bias": True}, {"tie_weights": True}], ids=str
 )
 def test_logits_are_the_models(
-    make_model: Make, shape: dict[str, Any], way: str, chunks: list[int]
+    make_model: Make, shape: dict[str, Any], product: type[Product], chunks: list[int]
 ) -> None:
     """In float64 to what rounding can do there; oneDNN has products in fp32."""
     model = make_model(**shape)
-    fp32 = way != "modules'"
+    fp32 = product is not Product
     if fp32 and not has_onednn(model):
         pytest.skip("this PyTorch has no oneDNN")
     with torch.no_grad():
@@ -55,7 +63,7 @@ def test_logits_are_the_models(
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(ids)[:, -1]
     limit = 2e-5 if fp32 else 1e-12
-    found = logits_of(model if fp32 else model.double(), ids, chunks, way == "packed")
+    found = logits_of(model if fp32 else model.double(), ids, chunks, product)
     assert (found - exact).abs().max() <= limit * exact.abs().max()
     assert exact.std() > 0.5
 
@@ -87,23 +95,26 @@ def test_copies_leave_the_model_alone(make_model: Make) -> None:
         pytest.skip("this PyTorch has no oneDNN")
     before = copy.deepcopy(model.state_dict())
     strides = [p.stride() for p in model.parameters()]
-    Forward(model, packed=True)
+    Forward(model, PackedProduct)
     assert [p.stride() for p in model.parameters()] == strides
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
 
 
 @pytest.fixture
-def packings(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """How often matrices were packed."""
-    made = []
+def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Those of the forward passes that are made, as they are."""
+    made: list[str] = []
     start = Forward.__init__
 
-    def init(self: Forward, model: GPTModel, *, packed: bool = False) -> None:
-        made.append(packed)
-        start(self, model, packed=packed)
+    def init(self: Forward, model: GPTModel, product: type[Product] = Product) -> None:
+        made.append(product.__name__.removesuffix("Product"))
+        start(self, model, product)
 
     monkeypatch.setattr(Forward, "__init__", init)
-    return lambda: made.count(True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    forward._is_intel.cache_clear()
+    yield made
+    forward._is_intel.cache_clear()
 
 
 def tokens(model: GPTModel, texts: int, count: int) -> list[int]:
@@ -114,23 +125,36 @@ def tokens(model: GPTModel, texts: int, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("texts", "count", "cpu", "times"),
-    [(1, 42, "AVX2", 0), (1, 42, "AVX512", 1), (2, 42, "AVX2", 1), (2, 40, "AVX512", 0)],
+    ("processor", "cpu", "texts", "count", "wanted"),
+    [
+        ("AMD EPYC", "AVX2", 1, 42, ["OneDNN"]),
+        ("AMD EPYC", "AVX2", 2, 42, ["OneDNN", "Packed"]),
+        ("AMD EPYC", "AVX512", 1, 42, ["OneDNN", "Packed"]),
+        ("AMD EPYC", "AVX512", 2, 40, ["OneDNN"]),
+        ("Intel(R) Xeon(R)", "AVX512", 1, 42, [""]),
+        ("Intel(R) Xeon(R)", "AVX512", 2, 42, [""]),
+        ("Intel(R) Xeon(R)", "AVX512", 3, 42, ["", "Packed"]),
+        ("Intel(R) Xeon(R)", "AVX512", 3, 40, ["", "OneDNN"]),
+    ],
 )
-def test_matrices_are_packed_where_that_pays(
+def test_products_are_those_that_are_fastest_there(
     make_model: Make,
+    processor: str,
+    cpu: str,
     texts: int,
     count: int,
-    cpu: str,
-    times: int,
-    packings: Callable[[], int],
+    wanted: list[str],
+    products: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The first are those of the prefill: one, of two tokens, for all texts."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    monkeypatch.setattr(forward, "device_name", lambda kind: processor)
     model = make_model(context_length=80)
     if not has_onednn(model):
         pytest.skip("this PyTorch has no oneDNN")
-    assert len(tokens(model, texts, count)) == texts * count and packings() == times
+    assert len(tokens(model, texts, count)) == texts * count
+    assert products == wanted
 
 
 def test_a_text_after_a_step_of_training_is_of_the_new_weights(make_model: Make) -> None:
