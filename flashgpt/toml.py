@@ -39,7 +39,10 @@ def from_tree(tree: Mapping[str, Any], origin: str) -> RunConfig:
         known = documented_fields(typing.cast(Any, factory))
         check_keys(table, known, f"{origin}: [{name}]")
         values = {key: _held(value, known[key][0]) for key, value in table.items()}
-        made[name] = typing.cast(Any, factory)(**values)
+        try:
+            made[name] = typing.cast(Any, factory)(**values)
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from error
     return RunConfig(**made)
 
 
