@@ -613,6 +613,20 @@ def test_what_is_said_of_the_residual_streams_dtype_is_measured() -> None:
     assert f"{trained['bf16']['all']['error'] / trained['nanogpt']['all']['error']:.2f}" == "1.05"
 
 
+def test_steps_beside_hugging_face_on_a_xeon_are_those_of_the_raw_data() -> None:
+    best: dict[tuple[float, bool], float] = {}
+    for row in raw("train-cpu/intel.json")["rows"]:
+        key = row["dropout"], row["model"] == "Hugging Face"
+        best[key] = max(best.get(key, 0), row["tokens_per_second"])
+    page = " ".join((ROOT / "docs/performance.md").read_text().split())
+    speeds = [f"{best[p, peer]:,.0f}" for p in (0.0, 0.1) for peer in (False, True)]
+    for told in (
+        f"fastest of ours trains on {speeds[0]} tokens a second",
+        f"fastest of Hugging Face's {speeds[1]}, with it {speeds[2]} and {speeds[3]}.",
+    ):
+        assert told in page
+
+
 def test_speeds_of_several_gpus_are_those_of_the_raw_data() -> None:
     rows = []
     for row in raw("scaling/scaling.json")["rows"]:
