@@ -44,6 +44,7 @@ def _machine() -> list[str]:
 
     from flashgpt.attention.kernels import KERNELS, choose, refusal
     from flashgpt.attention.request import Request
+    from flashgpt.train import half_on_cpu
     from flashgpt.train.record import versions
     from flashgpt.train.runtime import device
 
@@ -54,6 +55,8 @@ def _machine() -> list[str]:
         lines.append(f"GPU: {torch.cuda.get_device_name()} ({torch.cuda.device_count()})")
     else:
         lines.append("GPU: none that torch can use")
+        reason = half_on_cpu.refusal()
+        lines.append(f"train.precision bf16: {'runs' if reason is None else f'no: {reason}'}")
     dtype = torch.bfloat16 if here.type == "cuda" else torch.float32
     for dropout in (False, True):
         request = Request(here.type, dtype, 64, 1024, "square", dropout, False, True, False)

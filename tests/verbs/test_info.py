@@ -13,6 +13,7 @@ import torch
 
 from flashgpt import __version__
 from flashgpt.attention.kernels import KERNELS
+from flashgpt.train import half_on_cpu
 
 Cli = Callable[..., Any]
 
@@ -30,6 +31,18 @@ def test_the_machine(cli: Cli) -> None:
         assert chosen == [f"chosen: {name} (built-in order)" for name in ("sdpa:cpu", "blocked")]
         assert "GPU: none that torch can use" in lines
         assert any("sdpa:flash" in line and "no: " in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"), [(None, "runs"), ("it ends the process", "no: it ends the process")]
+)
+def test_whether_the_cpu_trains_in_bf16(
+    reason: str | None, told: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine trains on CUDA")
+    monkeypatch.setattr(half_on_cpu, "refusal", lambda: reason)
+    assert f"train.precision bf16: {told}" in cli("info").done().splitlines()
 
 
 @pytest.mark.parametrize("package", ["triton", "pytest", "no-such-package"])
