@@ -34,7 +34,7 @@ LAYERS = (
 MULTIPLE = 64  # of columns
 ROWS = 1024  # for which matrices are packed; as good for fewer
 LEAST_STEPS = 40  # that make up for packing, 0.15 to 0.35 s of GPT-2 124M
-MKL_ROWS = 2  # up to which MKL's products are faster than oneDNN's on Intel's CPUs
+MKL_ROWS = 3  # up to which MKL's products are faster than oneDNN's on a Xeon
 ONEDNN = ("_reorder_linear_weight", "_linear_pointwise")
 
 
