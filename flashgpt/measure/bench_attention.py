@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from flashgpt import half_on_cpu
 from flashgpt.attention.attend import attend
 from flashgpt.attention.dropout import Dropout
 from flashgpt.attention.kernels import KERNELS
@@ -71,11 +72,9 @@ class Setup:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout:g}")
         if self.rounds < MIN_ROUNDS:
             raise ValueError(f"rounds must be at least {MIN_ROUNDS}, got {self.rounds}")
-        if self.dtype == torch.bfloat16 and self.device.type == "cpu":
-            raise ValueError(
-                "dtype must be fp32 or fp16 on the CPU, got bf16, which ends the process on some "
-                "processors"
-            )
+        on_cpu = self.device.type == "cpu"
+        if self.dtype == torch.bfloat16 and on_cpu and (reason := half_on_cpu.refusal()):
+            raise ValueError(f"dtype must be fp32 or fp16 on this CPU, where {reason}; got bf16")
 
     def batch(self, length: int) -> int:
         """Sequences of a call."""

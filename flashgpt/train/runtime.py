@@ -19,15 +19,15 @@ import torch.utils.deterministic
 from torch import Tensor, nn
 from torch.compiler import config as compiler_config
 
+from flashgpt import half_on_cpu
 from flashgpt.launch import Launch
 from flashgpt.model.gpt2 import GPTModel
 from flashgpt.runconfig import TrainConfig
-from flashgpt.train import half_on_cpu
 from flashgpt.train.parallel import ALONE, Parallel
 from flashgpt.train.wrapping import compile_module, uncompile, unsynchronised
 
 # On two CPU cores the compiler takes half a minute and wins 2 to 10 % of a step (1.9 M parameters,
-# torch 2.13): so much work, five hours there, repays it many times.
+# an EPYC, torch 2.13; nothing with 14 M on a Xeon): so much work, five hours there, repays it.
 COMPILE_REPAYS_FLOP = 2e15
 MOST_MODELS = 256  # of different shapes in a process; dynamo has the same limit for everything
 # Ctrl-C, a polite end, and a terminal that is closed (which Windows does not tell).

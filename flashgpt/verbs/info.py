@@ -42,9 +42,9 @@ def _named(versions: Mapping[str, str | None]) -> list[str]:
 def _machine() -> list[str]:
     import torch
 
+    from flashgpt import half_on_cpu
     from flashgpt.attention.kernels import KERNELS, choose, refusal
     from flashgpt.attention.request import Request
-    from flashgpt.train import half_on_cpu
     from flashgpt.train.record import versions
     from flashgpt.train.runtime import device
 

@@ -133,10 +133,11 @@ def _prove(out: Console, run: Path, args: Args) -> int:
 def _dtypes(name: str) -> tuple[torch.dtype, ...]:
     import torch
 
+    from flashgpt import half_on_cpu
     from flashgpt.train.runtime import device
 
-    if name == "bf16" and device("auto").type == "cpu":
-        raise UsageError("--dtype bf16 is for a GPU: on some CPUs it ends the process; use fp16")
+    if name == "bf16" and device("auto").type == "cpu" and (reason := half_on_cpu.refusal()):
+        raise UsageError(f"--dtype bf16 is not for this CPU, where {reason}; use fp16")
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return () if name == "auto" else (names[name],)
 

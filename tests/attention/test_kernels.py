@@ -41,6 +41,7 @@ def _clean_receipt() -> Iterator[None]:
         (dataclasses.replace(CUDA, gradient=False), "sdpa:cudnn"),
         (dataclasses.replace(CUDA, gradient=False, head_dim=136), "sdpa:flash"),
         (dataclasses.replace(CPU, dtype=torch.float16), "blocked"),
+        (dataclasses.replace(CPU, dtype=torch.bfloat16), "blocked"),
         (dataclasses.replace(CUDA, dtype=torch.float32), "triton"),
         (dataclasses.replace(CUDA, dtype=torch.float64), "blocked"),
         (dataclasses.replace(CUDA, head_dim=60), "blocked"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
+from flashgpt import half_on_cpu
 from flashgpt.attention import kernels
 from flashgpt.attention.request import Request
 from flashgpt.measure import bench_attention as bench
@@ -260,9 +261,15 @@ def test_note_and_progress_reach_the_end() -> None:
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1"),
         ({"dropout": float("nan")}, r"dropout must be in \[0, 1\), got nan"),
         ({"rounds": 2}, "rounds must be at least 3, got 2"),
-        ({"dtype": torch.bfloat16}, "fp32 or fp16 on the CPU, got bf16"),
+        (
+            {"dtype": torch.bfloat16},
+            "fp32 or fp16 on this CPU, where it ends the process; got bf16",
+        ),
     ],
 )
-def test_a_setup_that_cannot_be_measured(changes: dict[str, Any], says: str) -> None:
+def test_a_setup_that_cannot_be_measured(
+    changes: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(half_on_cpu, "refusal", lambda: "it ends the process")
     with pytest.raises(ValueError, match=says):
         _setup(**changes)

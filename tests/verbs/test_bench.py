@@ -106,7 +106,6 @@ WRONG: list[tuple[str, int, list[str]]] = [
     ("attention --head-dim -1", 2, ["head_dim must be at least 1, got -1"]),
     ("attention --dropout 1.5", 2, ["dropout must be in [0, 1), got 1.5"]),
     ("attention --rounds 1", 2, ["rounds must be at least 3, got 1"]),
-    ("attention --dtype bf16", 2, ["on the CPU, got bf16", "ends the process"]),
     ("attention --dtype fp8", 2, ["--dtype", "fp8"]),
     ("attention --length 3", 2, ["no option --length", "did you mean --lengths?"]),
     ("attention --no-peers", 2, ["bench attention has no option --no-peers"]),

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from flashgpt import __version__
+from flashgpt import __version__, half_on_cpu
 from flashgpt.attention.kernels import KERNELS
-from flashgpt.train import half_on_cpu
 
 Cli = Callable[..., Any]
 

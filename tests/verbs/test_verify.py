@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashgpt import orchestrator
+from flashgpt import half_on_cpu, orchestrator
 from flashgpt.attention import kernels
 
 Cli = Callable[..., Any]
@@ -72,6 +72,14 @@ def test_one_precision_is_audited_alone(trained: Any, cli: Cli) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has bf16")
-def test_bf16_on_a_cpu_is_refused_before_anything_is_measured(cli: Cli) -> None:
+def test_bf16_is_audited_on_a_cpu_that_is_made_for_it(
+    trained: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = half_on_cpu.refusal()
+    if reason is None:
+        shown = cli("verify", "--checkpoint", trained.folder, "--dtype", "bf16").done()
+        audited = [line for line in shown.splitlines() if line.split()[:2] == ["blocked", "out"]]
+        assert audited and all("bfloat16" in line for line in audited)
+    monkeypatch.setattr(half_on_cpu, "refusal", lambda: "it ends the process")
     ran = cli("verify", "--dtype", "bf16")
     assert ran.status == 2 and ran.out == "" and "use fp16" in ran.err
