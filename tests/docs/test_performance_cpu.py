@@ -49,6 +49,7 @@ def test_steps_on_a_cpu_with_amx_are_those_of_the_raw_data() -> None:
         f"ours is {1 - half['ours'] / half['nanogpt']:.0%} slower: nanoGPT's attention",
     ):
         assert text.replace("%", " %") in page, text
+    assert f"bf16`) is {half['ours'] / peer:.1f} times as fast as nanoGPT's" in prose("README.md")
 
 
 def test_steps_beside_hugging_face_on_a_xeon_are_those_of_the_raw_data() -> None:
