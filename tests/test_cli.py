@@ -153,7 +153,11 @@ WRONG: list[tuple[str, int, list[str]]] = [
     ("generate RUN --max-new-tokens 0", 2, ["max_new_tokens must be at least 1, got 0"]),
     ("evaluate nosuch", 1, ["nosuch is no folder"]),
     ("evaluate RUN --sauce x", 2, ["no option --sauce", "did you mean --source?"]),
-    ("evaluate RUN/checkpoints/step_00000004", 1, ["is no run; name text with --source"]),
+    (
+        "evaluate RUN/checkpoints/step_00000004",
+        1,
+        ["has no config.toml to say", "name text with --source"],
+    ),
     ("verify --checkpoint nosuch", 1, ["nosuch is no folder"]),
     ("info nosuch", 1, ["nosuch is no run with a checkpoint"]),
     ("info RUN extra", 2, ["extra"]),

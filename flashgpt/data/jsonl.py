@@ -34,7 +34,7 @@ def documents(
                 raise ValueError(
                     f"data.source line must be a JSON object with a string {field!r}, or prompt "
                     f"and completion, got {fault} in line {number} of {path}; name the field with "
-                    "data.field, or mend the line"
+                    "--field (train: --data.field), or mend the line"
                 ) from fault
             if found:
                 yield found

@@ -80,5 +80,5 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 def _refusal(fault: Fault, where: str, field: str) -> ValueError:
     return ValueError(
         f"data.source file must have a column {field!r} of strings, or prompt and completion, got "
-        f"{fault} in {where}; name the column with data.field, or mend the file"
+        f"{fault} in {where}; name the column with --field (train: --data.field), or mend the file"
     )

@@ -72,7 +72,10 @@ def main(argv: Sequence[str]) -> int:
         else:
             path = Path(args.model) / "config.toml"
             if not path.exists():
-                raise ValueError(f"{args.model} is no run; name text with --source")
+                raise ValueError(
+                    f"{args.model} has no config.toml to say what text it was trained on; name "
+                    "text with --source"
+                )
             config = load_toml(path).data
         data = TokenData.open(prepare(config))
         if data.tokenizer.digest != tokenizer.digest:

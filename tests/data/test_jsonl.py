@@ -160,7 +160,7 @@ def test_a_bad_line_is_named(line: bytes, fault: str, named: bool, tmp_path: Pat
     with pytest.raises(ValueError, match=re.escape(f"got {fault}")) as raised:
         opened(path if named else path.parent)
     message = str(raised.value)
-    assert f"in line 3 of {path}; name the field with data.field" in message
+    assert f"in line 3 of {path}; name the field with --field (train: --data.field)" in message
     assert "\n" not in message and message.startswith("data.source line must be a JSON object")
 
 

@@ -112,7 +112,7 @@ def test_dictionaries_large_strings_and_empty_rows(pq: Any, tmp_path: Path) -> N
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"words": ["a"]}, "got the fields 'words' in {path}; name the column with data.field"),
+    ({"words": ["a"]}, "got the fields 'words' in {path}; name the column with --field"),
     ({"text": ["a", None]}, "got 'text' that is no string in row 2 of {path}"),
     ({"text": [1]}, "got 'text' that is no string in row 1 of {path}"),
     ({"prompt": ["a"]}, "must have a column 'text' of strings, or prompt and completion"),

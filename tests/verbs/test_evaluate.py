@@ -86,7 +86,9 @@ def test_a_plain_folder_needs_a_text_and_a_tokenizer(
 ) -> None:
     plain = tmp_path / "plain"
     shutil.copytree(trained.checkpoints[-1], plain, ignore=shutil.ignore_patterns("trainer"))
-    assert f"{plain} is no run; name text with --source" in cli("evaluate", plain).error(1)
+    assert f"{plain} has no config.toml to say what text it was trained on" in cli(
+        "evaluate", plain
+    ).error(1)
     assert cli("evaluate", plain, "--source", text).done().startswith("loss ")
     (plain / "tokenizer.json").unlink()
     line = cli("evaluate", plain, "--source", text).error(1)
