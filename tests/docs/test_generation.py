@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.docs.pages import ROOT, raw, table
+from tests.docs.pages import prose, raw, table
 
 
 @pytest.mark.parametrize(
@@ -38,16 +38,16 @@ def test_speeds_of_writing_are_those_of_the_raw_data(
     ]
     assert table("generation.md", heading) == rows
     first = {row["way"]: row["ms"] for row in found["first"]}
-    page = (ROOT / "docs/generation.md").read_text()
+    page = prose("docs/generation.md")
     if path.startswith("generate-cpu"):
         ours, *peers = (f"{first[way] / 1e3:.2f}" for way in ("ours", "dynamic", "static"))
         told = f"{ours} s on the EPYC (Hugging Face {peers[0]} and {peers[1]})"
         if path.endswith("intel.json"):
             told = f"{ours} s on the Xeon ({peers[0]} and {peers[1]})"
-        assert told in " ".join(page.split())
+        assert told in page
     else:
         assert f"comes after {first['ours']:.2f} ms (Hugging Face {first['dynamic']:.2f}" in page
-        readme = (ROOT / "README.md").read_text()
+        readme = prose("README.md")
         assert all(text in readme for text in (rows[0][1], rows[2][1], rows[0][4], rows[2][3]))
 
 
@@ -66,3 +66,16 @@ def test_products_on_a_cpu_are_those_of_the_raw_data(
     assert table("generation.md", heading) == [
         [f"{rows:,}", *(f"{found[rows, way]:,.0f}" for way in ways)] for rows in counts
     ]
+
+
+def test_what_limits_one_text_on_a_cpu_is_measured() -> None:
+    told = []
+    for name, way, machine in (("rows", "onednn", "EPYC"), ("intel", "linear", "Xeon")):
+        products = {row["way"]: row["ms"] for row in raw(f"rows-cpu/{name}.json")["rows"][:4]}
+        steps = raw(f"generate-cpu/{name if name == 'intel' else 'generate'}.json")["rows"]
+        step = next(row["ms"] for row in steps if (row["batch"], row["way"]) == (1, "ours"))
+        told.append((f"{products[way]:.0f} of {step:.0f}", machine, f"{products['read']:.0f}"))
+    (first, epyc, read), (second, xeon, other) = told
+    page = prose("docs/generation.md")
+    assert f"{first} ms on the {epyc} and {second} on the {xeon}" in page
+    assert f"reading the weights one by one takes {read} and {other}," in page

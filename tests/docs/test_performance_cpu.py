@@ -20,12 +20,17 @@ def test_steps_on_a_cpu_are_those_of_the_raw_data() -> None:
             side: max(r["tokens_per_second"] for r in rows if r["way"].startswith(side))
             for side in ("nanogpt", "ours")
         }
-        ratios.append(f"{best['ours'] / best['nanogpt'] - 1:+.0%}")
-    assert ratios == ["-10%", "+3%"]
+        ratios.append(best["ours"] / best["nanogpt"] - 1)
     parts = [row["profile"]["parts"] for row in second]
     shares = [found["products"] / sum(found.values()) for found in parts]
-    assert [f"{share:.0%}" for share in (min(shares), max(shares))] == ["74%", "79%"]
-    assert [f"{1.2 * share:.0%}" for share in shares[:2]] == ["88%", "92%"]
+    page = prose("docs/performance.md")
+    for text in (
+        f"ours was {-ratios[0]:.0%} slower than nanoGPT's best in one run and {ratios[1]:.0%} "
+        "faster in the other",
+        f"take {100 * min(shares):.0f} to {max(shares):.0%} of these four steps",
+        f"would take {120 * shares[0]:.0f} to {1.2 * shares[1]:.0%} of the step",
+    ):
+        assert text.replace("%", " %") in page, text
 
 
 def test_steps_on_a_cpu_with_amx_are_those_of_the_raw_data() -> None:
@@ -49,7 +54,7 @@ def test_steps_on_a_cpu_with_amx_are_those_of_the_raw_data() -> None:
         f"ours is {1 - half['ours'] / half['nanogpt']:.0%} slower: nanoGPT's attention",
     ):
         assert text.replace("%", " %") in page, text
-    assert f"bf16`) is {half['ours'] / peer:.1f} times as fast as nanoGPT's" in prose("README.md")
+    assert f"bf16`) {half['ours'] / peer:.1f} times as fast as nanoGPT's" in prose("README.md")
 
 
 def test_steps_beside_hugging_face_on_a_xeon_are_those_of_the_raw_data() -> None:
